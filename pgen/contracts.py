@@ -1,0 +1,273 @@
+r"""The contracts of pgen: what a score, a run, a program and a data source are.
+
+Everything else in the package is written against these; nothing here imports another part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Batch",
+    "DataSource",
+    "Draws",
+    "Kind",
+    "NotAvailable",
+    "Program",
+    "Run",
+    "Score",
+    "check_choice",
+    "check_event_shape",
+    "check_positive",
+    "nearest",
+]
+
+Batch: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
+"""One tensor, a tuple (positional arguments) or a dict (by name) of tensors with equal length along axis 0."""
+
+Kind: TypeAlias = Literal["exact", "lower_bound", "upper_bound", "estimate", "unnormalised"]
+
+_KIND_WORDS: dict[str, str] = {
+    "exact": "exact",
+    "lower_bound": "lower bound",
+    "upper_bound": "upper bound",
+    "estimate": "estimate",
+    "unnormalised": "unnormalised",
+}
+
+
+class NotAvailable(NotImplementedError):
+    """A question that this family cannot answer. The message says why, and which families can."""
+
+
+class Program(Protocol):
+    """A Pyro program: any callable that makes ``pyro.sample`` statements."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Indexed data: its length, and any rows of it as one batch."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Tensor) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    r"""Log-densities (or log-masses) of data, one number a datum, in nats and in the units of the data as given.
+
+    Shapes: ``value`` ``(N,)``; ``mc_error`` ``(N,)`` or None.
+
+    Args:
+        value: The log-density of each datum, in nats.
+        kind: What each number is: ``exact``, ``lower_bound`` (in expectation), ``upper_bound``, ``estimate`` or
+            ``unnormalised``.
+        event_size: Number of scalar dimensions of one datum, for ``bits_per_dim``.
+        mc_error: Monte Carlo standard error of each number, in nats; None where no sampling is involved.
+        num_samples: Samples a datum behind the numbers, if any.
+
+    Example:
+        >>> score = Score(torch.tensor([-2.0, -4.0]), kind="exact", event_size=3)
+        >>> score.mean, round(score.std_error, 4)
+        (-3.0, 1.0)
+    """
+
+    value: Tensor
+    kind: Kind
+    event_size: int = 1
+    mc_error: Tensor | None = None
+    num_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, tuple(_KIND_WORDS))
+        if self.value.dim() != 1:
+            raise ValueError(f"`value` should have one number a datum, shape (N,), got {tuple(self.value.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, in nats."""
+        return float(self.value.double().mean())
+
+    @property
+    def total(self) -> float:
+        """Sum over the data, in nats."""
+        return float(self.value.double().sum())
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of ``mean`` over the data (sample standard deviation / sqrt(N)), in nats."""
+        return float(self.value.double().std() / math.sqrt(len(self))) if len(self) > 1 else math.nan
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Minus ``mean``, in bits for each scalar dimension of a datum."""
+        return -self.mean / (self.event_size * math.log(2.0))
+
+    def __str__(self) -> str:
+        samples = f", {self.num_samples} samples" if self.num_samples else ""
+        return (
+            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum ({_KIND_WORDS[self.kind]}{samples}), "
+            f"{self.bits_per_dim:.3f} bits/dim, {len(self)} data"
+        )
+
+
+@dataclass
+class Run:
+    """What a fit did: its history, why it stopped, how it was executed.
+
+    Attributes:
+        history: Columns of equal length, one entry a logged step: ``step``, ``epoch``, ``loss`` (minus the bound, nats a
+            datum of the whole data set), ``grad_norm``, ``lr``, ``seconds``.
+        validation: Columns ``step``, ``bound``, ``std_error`` (nats a datum), empty without validation data.
+        stopped: Why the fit ended, in words.
+        tier: Execution tier of the last step: ``eager``, ``graph`` or ``compiled``.
+        tier_reason: Why not a faster one; empty where the fastest ran.
+        steps: Optimizer steps taken.
+        epochs: Passes over the data, as a number of data seen / N.
+        skipped: Steps whose loss or gradient was not finite; they changed no parameter.
+        seconds: Wall time.
+        num_data: Data in the training set.
+        seed: The seed that keyed order and noise.
+        converged: None where no rule was asked to judge.
+    """
+
+    history: dict[str, np.ndarray] = field(default_factory=dict)
+    validation: dict[str, np.ndarray] = field(default_factory=dict)
+    stopped: str = ""
+    tier: str = "eager"
+    tier_reason: str = ""
+    steps: int = 0
+    epochs: float = 0.0
+    skipped: int = 0
+    seconds: float = 0.0
+    num_data: int = 0
+    seed: int = 0
+    converged: bool | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> float:
+        """The last bound: of the validation data where there are any, else the mean over the last tenth of training."""
+        if len(self.validation.get("bound", ())):
+            return float(self.validation["bound"][-1])
+        loss = self.history.get("loss", np.zeros(0))
+        return -float(np.mean(loss[-max(1, len(loss) // 10) :])) if len(loss) else math.nan
+
+    def __str__(self) -> str:
+        rate = self.steps / self.seconds if self.seconds > 0 else math.nan
+        where = "validation" if len(self.validation.get("bound", ())) else "training"
+        error = f" ± {self.validation['std_error'][-1]:.3f}" if where == "validation" else ""
+        tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
+        skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
+        return (
+            f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}, in all {self.bound * self.num_data:.2f})\n"
+            f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"
+            f"stopped: {self.stopped}"
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    r"""S draws from a guide, with the log-densities that weigh them: :math:`\log w = \log p(x, z) - \log q(z \mid x)`.
+
+    Log-densities are float64, unscaled (no plate or user scale), with masks applied, in nats.
+
+    Attributes:
+        values: Each latent site, shape ``(S, *shape)``, in the model's own (constrained) units.
+        dims: For each latent, the names of the axes after the draw axis (``"data"`` for the data plate, other plates by
+            name, ``"<site>_dim_<i>"`` for event axes).
+        log_p: Joint :math:`\log p(x, z)`, shape ``(S,)``.
+        log_q: Joint :math:`\log q(z \mid x)`, shape ``(S,)``.
+        log_p_rows: The part of ``log_p`` inside the data plate, ``(S, N)``; None without a data plate.
+        log_q_rows: The part of ``log_q`` inside the data plate, ``(S, N)``; None without a data plate.
+        log_likelihood: Each observed site, summed over event axes, ``(S, *plates)``.
+        likelihood_dims: For each observed site, the names of its plate axes after the draw axis.
+        observed: Each observed site's value.
+        has_global: Whether any latent lies outside the data plate.
+        has_local: Whether any latent lies inside the data plate.
+        subsampled: Whether a plate was subsampled, so that joint weights are not importance ratios.
+        no_density: Guide sites without a density (a point mass), by name.
+    """
+
+    values: dict[str, Tensor]
+    dims: dict[str, tuple[str, ...]]
+    log_p: Tensor
+    log_q: Tensor
+    log_p_rows: Tensor | None
+    log_q_rows: Tensor | None
+    log_likelihood: dict[str, Tensor]
+    likelihood_dims: dict[str, tuple[str, ...]]
+    observed: dict[str, Tensor]
+    has_global: bool
+    has_local: bool
+    subsampled: bool = False
+    no_density: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.log_p)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Joint log importance weights, ``(S,)``."""
+        return self.log_p - self.log_q
+
+    @property
+    def log_weight_rows(self) -> Tensor | None:
+        """Log importance weights of each datum's own latents, ``(S, N)``; None where a latent is shared between data."""
+        if self.has_global or self.log_p_rows is None or self.log_q_rows is None:
+            return None
+        return self.log_p_rows - self.log_q_rows
+
+
+def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    """A suffix for an error message: the nearest known name, and all of them."""
+    import difflib
+
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(names)})"
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{argument}` is {value!r}, which is unknown{nearest(str(value), choices)}")
+
+
+def check_positive(argument: str, value: float | None, *, allow_none: bool = False, integer: bool = True) -> None:
+    """Raise ValueError unless ``value`` is a positive number (an integer unless said)."""
+    if value is None and allow_none:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value <= 0 or not math.isfinite(value) or (integer and value != int(value)):  # type: ignore[operator,arg-type]
+        raise ValueError(f"`{argument}` should be a positive {'integer' if integer else 'number'}, got {value!r}")
+
+
+def check_event_shape(argument: str, x: Tensor, event_shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``x`` has shape ``(N, *event_shape)``."""
+    if tuple(x.shape[1:]) == tuple(event_shape) and x.dim() >= 1:
+        return
+    shape, want = tuple(x.shape), tuple(event_shape)
+    hint = ""
+    if shape == want:
+        hint = "; one datum? use x[None]"
+    elif x.dim() == 2 and len(want) == 1 and shape[0] == want[0]:
+        hint = "; did you mean x.T?"
+    elif math.prod(shape[1:]) == math.prod(want):
+        hint = f"; did you mean x.reshape(-1, {', '.join(map(str, want))})?"
+    raise ValueError(f"`{argument}` should have shape (N, {', '.join(map(str, want))}), got {shape}{hint}")
