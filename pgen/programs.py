@@ -1,0 +1,533 @@
+r"""Running Pyro programs: in a parameter store of their own, on a batch, once or for many draws at a time.
+
+The rest of pgen never touches Pyro's global store, its validation flag or its traces; it asks this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import transform_to
+from torch.distributions.constraints import Constraint
+from torch.overrides import TorchFunctionMode
+
+from .contracts import Batch, Draws, nearest
+
+__all__ = [
+    "DATA_PLATE",
+    "ParameterHome",
+    "PlateSize",
+    "Term",
+    "Traces",
+    "batch_length",
+    "call",
+    "check_pair",
+    "draw",
+    "isolated",
+    "keyed_rng",
+    "run_pair",
+    "vectorize",
+]
+
+DATA_PLATE = "data"
+"""Name of the plate that holds the batch axis."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters and isolation
+
+
+class ParameterHome(nn.Module):
+    """Owns what ``pyro.param`` and ``pyro.module`` ask for, as ordinary parameters (unconstrained inside)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constraints: dict[str, Constraint] = {}
+        self._names: dict[str, str] = {}
+        self._adopted: dict[str, nn.Parameter] = {}
+        self.open = True
+
+    @staticmethod
+    def _escape(name: str) -> str:
+        return name.replace(".", ":")
+
+    def names(self) -> list[str]:
+        """The names under which the programs know their parameters."""
+        return list(self._names)
+
+    def adopt(self, modules: dict[str, nn.Module]) -> None:
+        """Own modules that a plain function refers to."""
+        for name, module in modules.items():
+            self.add_module(f"module_{name}", module)
+
+    def get(self, name: str, init: Any, constraint: Constraint) -> Tensor:
+        """The constrained value of parameter ``name``, created from ``init`` when first asked for."""
+        if name in self._adopted:
+            return self._adopted[name]
+        if name not in self._names:
+            self._create(name, init, constraint)
+            if name in self._adopted:
+                return self._adopted[name]
+        unconstrained = getattr(self, self._names[name])
+        return transform_to(self._constraints[name])(unconstrained)
+
+    def _create(self, name: str, init: Any, constraint: Constraint) -> None:
+        if not self.open:
+            raise ValueError(
+                f"parameter {name!r} appeared after the first run of the programs; make every pyro.param in each run "
+                f"(known: {', '.join(self._names) or 'none'})"
+            )
+        if init is None:
+            raise ValueError(f"parameter {name!r} has no initial value; write pyro.param({name!r}, torch.tensor(...))")
+        value = init() if callable(init) and not isinstance(init, Tensor) else init
+        if isinstance(value, nn.Parameter) and constraint is torch.distributions.constraints.real:
+            self._adopted[name] = value
+            if not any(value is owned for owned in self.parameters()):
+                self.register_parameter(self._escape(name), value)
+            return
+        value = torch.as_tensor(value).detach()
+        if not bool(constraint.check(value).all()):
+            raise ValueError(f"initial value of parameter {name!r} is outside its constraint {constraint}")
+        unconstrained = transform_to(constraint).inv(value).clone()
+        self.register_parameter(self._escape(name), nn.Parameter(unconstrained))
+        self._names[name], self._constraints[name] = self._escape(name), constraint
+
+
+class _Homecoming(Messenger):
+    """Answers every ``pyro.param`` from a ParameterHome."""
+
+    def __init__(self, home: ParameterHome) -> None:
+        super().__init__()
+        self.home = home
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        args, kwargs = msg["args"], msg["kwargs"]
+        init = args[1] if len(args) > 1 else kwargs.get("init_tensor")
+        constraint = kwargs.get("constraint") or torch.distributions.constraints.real
+        msg["value"] = self.home.get(msg["name"], init, constraint)
+        msg["done"] = True
+
+
+@contextlib.contextmanager
+def isolated(home: ParameterHome | None = None, *, validate: bool = False) -> Iterator[None]:
+    """Run Pyro statements with module-local parameters, an empty store and a chosen validation flag; then restore all."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pyro.settings.context(module_local_params=True))
+        stack.enter_context(pyro.get_param_store().scope())
+        stack.enter_context(pyro.validation_enabled(validate))
+        if home is not None:
+            stack.enter_context(_Homecoming(home))
+        yield
+
+
+def closure_modules(fn: Callable[..., Any]) -> dict[str, nn.Module]:
+    """The ``nn.Module`` objects that a plain function refers to, by name."""
+    if isinstance(fn, nn.Module) or not inspect.isfunction(inspect.unwrap(fn)):
+        return {}
+    found = inspect.getclosurevars(inspect.unwrap(fn))
+    return {k: v for k, v in {**found.globals, **found.nonlocals}.items() if isinstance(v, nn.Module)}
+
+
+@contextlib.contextmanager
+def keyed_rng(key: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's generators with ``key`` inside, and give the caller's random state back afterwards."""
+    device = torch.device(device)
+    state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        seed_generators(key, device)
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+def seed_generators(key: int, device: torch.device | str = "cpu") -> None:
+    """Seed the default generator of the CPU, and of ``device`` where that is a GPU."""
+    torch.default_generator.manual_seed(key)
+    if torch.device(device).type == "cuda":
+        torch.cuda.default_generators[torch.device(device).index or 0].manual_seed(key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a pair once
+
+
+class PlateSize(Messenger):
+    """Tells ``GenerativeModel.plate`` how many data to generate when neither x nor context says so."""
+
+    size: int | None = None
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def __enter__(self) -> PlateSize:
+        self._before, PlateSize.size = PlateSize.size, self._size
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        PlateSize.size = self._before
+        return super().__exit__(*args)
+
+
+def call(program: Callable[..., Any], batch: Batch) -> Any:
+    """Call a program on a batch: a tensor or a tuple by position, a dict by name."""
+    if isinstance(batch, dict):
+        return program(**batch)
+    return program(*batch) if isinstance(batch, tuple) else program(batch)
+
+
+def batch_length(batch: Batch) -> int:
+    """Length of a batch along axis 0."""
+    leaves = list(batch.values()) if isinstance(batch, dict) else list(batch) if isinstance(batch, tuple) else [batch]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return len(leaf)
+    return 0
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site's log-density: unscaled, masked, with its plate axes named.
+
+    Attributes:
+        log_prob: Shape ``batch_shape`` of the site.
+        scale: Product of the program's own scales: ``poutine.scale`` and subsampling plates.
+        plates: ``(name, axis)`` for each plate, the axis negative, counted in ``batch_shape``.
+    """
+
+    name: str
+    value: Any
+    fn: Any
+    log_prob: Tensor
+    scale: float | Tensor
+    plates: tuple[tuple[str, int], ...]
+    observed: bool
+    auxiliary: bool
+
+    @property
+    def local(self) -> bool:
+        """Whether the site lies in the data plate."""
+        return any(name == DATA_PLATE for name, _ in self.plates)
+
+    @property
+    def reparameterized(self) -> bool:
+        """Whether the gradient flows through the value."""
+        return bool(getattr(self.fn, "has_rsample", False))
+
+    @property
+    def rows(self) -> Tensor:
+        """Log-density with every axis but the data plate's summed out: ``(B,)`` in the plate, a scalar outside."""
+        log_prob = self.log_prob
+        for name, axis in self.plates:
+            if name == DATA_PLATE and log_prob.dim() >= -axis:
+                others = [i for i in range(log_prob.dim()) if i != log_prob.dim() + axis]
+                return log_prob.sum(others) if others else log_prob
+        return log_prob.sum()
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Both programs, run once on the same latents."""
+
+    model: dict[str, Term]
+    guide: dict[str, Term]
+    subsampled: bool
+
+    @property
+    def latents(self) -> dict[str, Term]:
+        """The model's unobserved sites."""
+        return {name: term for name, term in self.model.items() if not term.observed}
+
+    @property
+    def likelihoods(self) -> dict[str, Term]:
+        """The model's observed sites."""
+        return {name: term for name, term in self.model.items() if term.observed}
+
+
+def _term(site: dict[str, Any], double: bool) -> Term:
+    fn, value = site["fn"], site["value"]
+    log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
+    log_prob = scale_and_mask(log_prob.double() if double else log_prob, mask=site["mask"])
+    plates = tuple((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
+    auxiliary = bool(site["infer"].get("is_auxiliary", False))
+    return Term(site["name"], value, fn, log_prob, site["scale"], plates, bool(site["is_observed"]), auxiliary)
+
+
+def _terms(trace: poutine.Trace, double: bool) -> dict[str, Term]:
+    sites = (s for s in trace.nodes.values() if s["type"] == "sample")
+    return {
+        s["name"]: _term(s, double) for s in sites if not site_is_subsample(s) and not s["infer"].get("_deterministic", False)
+    }
+
+
+def _subsampled(trace: poutine.Trace) -> bool:
+    return any(
+        site_is_subsample(s) and s["value"] is not None and len(s["value"]) < s["fn"].size
+        for s in trace.nodes.values()
+        if s["type"] == "sample"
+    )
+
+
+def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, double: bool = False) -> Traces:
+    """Run the guide, then the model on its latents; inside ``isolated``.
+
+    Args:
+        model: The model program.
+        guide: The guide program, called with the same arguments.
+        batch: Their arguments.
+        double: Whether to reduce log-densities in float64.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*_args(batch), **_kwargs(batch))
+    return Traces(_terms(model_trace, double), _terms(guide_trace, double), _subsampled(model_trace))
+
+
+def _args(batch: Batch) -> tuple[Any, ...]:
+    return () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+
+
+def _kwargs(batch: Batch) -> dict[str, Any]:
+    return batch if isinstance(batch, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many draws at a time
+
+
+class _OutOfPlaceNoise(TorchFunctionMode):
+    """Lets ``torch.empty(shape).normal_()`` and the like draw independently under vmap."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.normal_:
+            mean, sd = _bind(("mean", "std"), (0.0, 1.0), args, kwargs)
+            return torch.randn_like(args[0]) * sd + mean
+        if func is torch.Tensor.uniform_:
+            low, high = _bind(("from", "to"), (0.0, 1.0), args, kwargs)
+            return torch.rand_like(args[0]) * (high - low) + low
+        if func is torch.Tensor.exponential_:
+            (rate,) = _bind(("lambd",), (1.0,), args, kwargs)
+            return -torch.log1p(-torch.rand_like(args[0])) / rate
+        if func is torch.Tensor.cauchy_:
+            median, scale = _bind(("median", "sigma"), (0.0, 1.0), args, kwargs)
+            return median + scale * torch.tan(torch.pi * (torch.rand_like(args[0]) - 0.5))
+        return func(*args, **kwargs)
+
+
+def _bind(names: tuple[str, ...], defaults: tuple[float, ...], args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    given = list(args[1 : 1 + len(names)])
+    return [given[i] if i < len(given) else kwargs.get(n, d) for i, (n, d) in enumerate(zip(names, defaults))]
+
+
+def vectorize(fn: Callable[[], Any], num: int) -> Any:
+    """Evaluate ``fn()`` independently ``num`` times in one batched run; every tensor returned gets a leading axis.
+
+    ``fn`` is written for one draw and needs no knowledge of the extra axis. Programs that cannot be batched (an operation
+    without a batching rule, control flow on values) are run ``num`` times in a loop: slower, the same distribution.
+    """
+    try:
+        with _OutOfPlaceNoise():
+            return torch.func.vmap(lambda _: fn(), randomness="different")(torch.empty(num))
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError):
+        runs = [fn() for _ in range(num)]
+        leaves = [torch.utils._pytree.tree_flatten(run) for run in runs]
+        stacked = [torch.stack(parts) for parts in zip(*(flat for flat, _ in leaves))]
+        return torch.utils._pytree.tree_unflatten(stacked, leaves[0][1])
+
+
+def _axis_names(term: Term, plates: dict[int, str]) -> tuple[str, ...]:
+    batch_dims = term.log_prob.dim()
+    names = tuple(plates.get(i - batch_dims, f"{term.name}_batch_{i}") for i in range(batch_dims))
+    return names + tuple(f"{term.name}_dim_{i}" for i in range(term.value.dim() - batch_dims))
+
+
+def draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int) -> Draws:
+    """Draw from the guide and weigh the draws, on a whole batch, inside ``isolated`` and ``keyed_rng``.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        batch: Their arguments, the full data set where joint weights are wanted.
+        num_samples: Draws S.
+
+    Returns:
+        Draws, with float64 log-densities.
+    """
+    static: dict[str, Any] = {}
+
+    def once() -> dict[str, dict[str, Tensor]]:
+        traces = run_pair(model, guide, batch, double=True)
+        static["traces"] = traces
+        latents = traces.latents
+        return {
+            "values": {name: traces.guide[name].value for name in latents if name in traces.guide},
+            "p": {name: term.rows for name, term in traces.model.items()},
+            "q": {name: term.rows for name, term in traces.guide.items()},
+            "likelihood": {name: term.log_prob for name, term in traces.likelihoods.items()},
+        }
+
+    out = vectorize(once, num_samples)
+    traces: Traces = static["traces"]
+    latents = traces.latents
+    dims = {name: _axis_names(latents[name], {axis: plate for plate, axis in latents[name].plates}) for name in out["values"]}
+    likelihood_dims = {
+        name: _axis_names(term, {axis: plate for plate, axis in term.plates})[: term.log_prob.dim()]
+        for name, term in traces.likelihoods.items()
+    }
+    return Draws(
+        values={name: value.detach() for name, value in out["values"].items()},
+        dims=dims,
+        log_p=_joint(out["p"]),
+        log_q=_joint(out["q"]),
+        log_p_rows=_in_plate(out["p"], traces.model),
+        log_q_rows=_in_plate(out["q"], traces.guide, like=_in_plate(out["p"], traces.model)),
+        log_likelihood={name: value.detach() for name, value in out["likelihood"].items()},
+        likelihood_dims=likelihood_dims,
+        observed={name: term.value for name, term in traces.likelihoods.items()},
+        has_global=any(not t.local for t in latents.values()),
+        has_local=any(t.local for t in latents.values()),
+        subsampled=traces.subsampled,
+        no_density=tuple(t.name for t in traces.guide.values() if _is_point_mass(t)),
+    )
+
+
+def _is_point_mass(term: Term) -> bool:
+    fn = _base(term.fn)
+    return isinstance(fn, pyro.distributions.Delta) and not bool((torch.as_tensor(fn.log_density) != 0).any())
+
+
+def _joint(rows: dict[str, Tensor]) -> Tensor:
+    return torch.stack([r.reshape(len(r), -1).sum(-1) for r in rows.values()]).sum(0).detach()
+
+
+def _in_plate(rows: dict[str, Tensor], terms: dict[str, Term], like: Tensor | None = None) -> Tensor | None:
+    local = [r for name, r in rows.items() if terms[name].local]
+    if not local:
+        return None if like is None else torch.zeros_like(like)
+    return torch.stack(torch.broadcast_tensors(*local)).sum(0).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first look at a pair
+
+
+def check_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_data: int) -> Traces:
+    """Run both programs with validation on, strictly; one-line errors name the site and the fix.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        batch: The first batch.
+        num_data: Rows N of the whole data set.
+
+    Raises:
+        ValueError: On a latent that only one program has, an observed value whose shape is not exactly its site's, an
+            axis outside every plate, a data plate of the wrong size, a value outside the likelihood's support, or a
+            log-density that is not finite.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*_args(batch), **_kwargs(batch))
+    _check_sites(model_trace, guide_trace)
+    for program, trace in (("guide", guide_trace), ("model", model_trace)):
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False):
+                _check_site(program, site, batch_length(batch), num_data)
+    with pyro.validation_enabled(False):
+        return Traces(_terms(model_trace, False), _terms(guide_trace, False), _subsampled(model_trace))
+
+
+def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    def sampled(trace: poutine.Trace) -> dict[str, Any]:
+        sites = trace.nodes.values()
+        return {s["name"]: s for s in sites if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
+
+    latents, proposals = sampled(model_trace), sampled(guide_trace)
+    for name, site in latents.items():
+        if name not in proposals:
+            kind = " (it is discrete, and enumeration is not offered here)" if site["fn"].has_enumerate_support else ""
+            raise ValueError(
+                f"the guide lacks the latent {name!r}{kind}; add pyro.sample({name!r}, ...) to the guide, "
+                f"or let pgen write one: Pair(model, guide='mean_field')"
+            )
+    for name, site in proposals.items():
+        if name not in model_trace.nodes and not site["infer"].get("is_auxiliary", False):
+            raise ValueError(f"the guide samples {name!r}, which is no site of the model{nearest(name, list(latents))}")
+        if name in model_trace.nodes and model_trace.nodes[name]["is_observed"]:
+            raise ValueError(f"the guide samples {name!r}, which the model observes; remove it from the guide")
+
+
+def _check_site(program: str, site: dict[str, Any], rows: int, num_data: int) -> None:
+    name, fn, value = site["name"], site["fn"], site["value"]
+    where = f"{program} site {name!r}"
+    if tuple(value.shape) != tuple(fn.shape()):
+        raise ValueError(
+            f"{where} has shape {tuple(fn.shape())} but its value has shape {tuple(value.shape)}, and pgen does not broadcast: "
+            f"{_shape_hint(tuple(fn.shape()), tuple(value.shape))}"
+        )
+    plates = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+    for axis in range(-len(fn.batch_shape), 0):
+        size = fn.batch_shape[axis]
+        if size > 1 and axis not in plates:
+            fix = f'put it into `with pyro.plate("{DATA_PLATE}", len(x))`' if size == rows else "declare it with .to_event(1)"
+            raise ValueError(f"{where} has an axis of size {size} (axis {axis}) outside every plate; {fix}")
+    data_plate = next((f for f in plates.values() if f.name == DATA_PLATE), None)
+    if data_plate is not None and 0 < rows != data_plate.size and data_plate.size != num_data:
+        raise ValueError(
+            f'plate "{DATA_PLATE}" of {where} has size {data_plate.size} but the batch has {rows} rows (N = {num_data}); '
+            f'write pyro.plate("{DATA_PLATE}", len(x)): fit scales it to the whole data set'
+        )
+    _check_values(where, site)
+
+
+def _shape_hint(expected: tuple[int, ...], got: tuple[int, ...]) -> str:
+    if len(expected) == len(got) + 1 and expected[-1] == 1:
+        return "unsqueeze the value (x[:, None]) or squeeze the parameters (.squeeze(-1))"
+    if len(got) == len(expected) + 1 and got[-1] == 1:
+        return "squeeze the value: x.squeeze(-1)"
+    if len(expected) > len(got):
+        return "check the parameters' shapes and the plates around the site (is it inside one plate too many?)"
+    if len(expected) < len(got):
+        return "give each axis of the value to a plate or to the event: Normal(mu, sigma).to_event(1)"
+    return "give the value exactly the site's shape"
+
+
+def _check_values(where: str, site: dict[str, Any]) -> None:
+    fn, value = site["fn"], site["value"]
+    base = _base(fn)
+    if site["is_observed"] and value.numel():
+        inside = base.support.check(value)
+        if not bool(inside.all()):
+            first = tuple(int(i) for i in (~inside).nonzero()[0]) if inside.dim() else ()
+            bad = value[first]
+            got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
+            raise ValueError(
+                f"{where}: data row {first[0] if first else 0} holds {got}, outside the support {base.support} of "
+                f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
+            )
+    log_prob = fn.log_prob(value)
+    finite = torch.isfinite(log_prob)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{where} has a log-density of {float(log_prob[~finite].reshape(-1)[0])} at the start; "
+            f"check the range of its parameters and their initial values"
+        )
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
