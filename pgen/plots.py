@@ -1,0 +1,539 @@
+r"""Pictures of a fit: its bound, samples, reconstructions, latent space and Pareto k.
+
+Each function takes plain arrays (NumPy, torch or xarray) and returns a ``matplotlib.figure.Figure`` on its own Agg canvas.
+pyplot and its global state are never touched: no window opens, no ``rcParams`` change, and figures are freed like any object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgen.contracts import Run, check_positive
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["latent_space", "plot_bound", "plot_khat", "reconstructions", "sample_grid", "save"]
+
+INK, FAINT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
+GUTTER = 0.62  # between images: neither ink nor paper
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#9aa0a6"  # Okabe and Ito (2008): apart for every kind of colour vision
+CATEGORIES = (  # Petroff (2021, arXiv:2107.02270), ten colours chosen with colour-vision deficiency in mind
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+
+
+def plot_bound(run: Run) -> Figure:
+    r"""The bound while training: raw (faint) and smoothed, with the validation bound and a band of one standard error.
+
+    The vertical axis is linear where most of training happened and logarithmic in the distance below that, so that a steep
+    start does not flatten the rest; the label says where the change is.
+
+    Args:
+        run: What ``fit`` returned. ``history`` needs ``step`` and ``loss``; ``validation`` may be empty. Nats a datum.
+
+    Raises:
+        ValueError: If the run has no finite loss.
+    """
+    step, bound = _series(run.history, "loss", sign=-1.0)
+    if not len(bound):
+        raise ValueError("`run` should have a history with finite losses to draw, got none; did the fit take a step?")
+    figure, (ax,) = _figure(7.0, 4.2)
+    smooth = _smooth(bound)
+    ax.plot(step, bound, color=BLUE, alpha=0.22, linewidth=0.8, label="training, raw")
+    ax.plot(step, smooth, color=BLUE, linewidth=1.8, label="training, smoothed")
+    lines = [smooth]
+    if len(run.validation.get("bound", ())):
+        lines.append(_draw_validation(ax, run))
+    note = _scale_bound(ax, lines, bound)
+    _label(ax, "optimizer step", f"bound [nats a datum{note}]", "The bound while training: higher is better")
+    ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
+    _legend(ax, loc="lower right")
+    return figure
+
+
+def sample_grid(
+    x: Any, columns: int | None = None, *, reference: Any = None, names: Sequence[str] | None = None, title: str = "samples"
+) -> Figure:
+    r"""Samples at a glance: a grid of images, or histograms and pair scatters for vectors.
+
+    Shapes: images ``(N, height, width)``, ``(N, height, width, channels)`` or ``(N, channels, height, width)`` with 1, 3 or 4
+    channels; vectors ``(N, features)`` or ``(N,)``. Of vectors the first four features are drawn.
+
+    Args:
+        x: The samples. Images are drawn in [0, 1] if they lie there, as bytes if they are 8-bit integers, else from their
+            minimum to their maximum.
+        columns: Images a row; the squarest grid if None.
+        reference: Data of the same event shape to draw beside (images) or underneath (vectors), if any.
+        names: A name for each feature of a vector.
+        title: What ``x`` is.
+
+    Raises:
+        ValueError: If ``x`` is neither images nor vectors, is empty, or ``reference`` has another event shape.
+    """
+    array = _array("x", x)
+    other = None if reference is None else _array("reference", reference)
+    if other is not None and other.shape[1:] != array.shape[1:]:
+        raise ValueError(
+            f"`reference` should have the event shape of `x`, {array.shape[1:]}, got {other.shape[1:]}; reshape one of them"
+        )
+    if array.ndim <= 2:
+        return _pairs(array.reshape(len(array), -1), other, names, title)
+    images = _images("x", array)
+    panels = [(images, title)] if other is None else [(_images("reference", other)[: len(images)], "data"), (images, title)]
+    return _image_panels(panels, columns, low_high=_range(array))
+
+
+def reconstructions(x: Any, xhat: Any, columns: int | None = None) -> Figure:
+    r"""Data and what the model makes of them: images one above the other, vectors feature by feature.
+
+    Shapes: as for ``sample_grid``; ``x`` and ``xhat`` alike.
+
+    Args:
+        x: The data.
+        xhat: Their reconstructions (for a likelihood model the mean of p(x | z)), in the units of the data.
+        columns: Images a row; at most 12 if None.
+
+    Raises:
+        ValueError: If the shapes differ or are neither images nor vectors.
+    """
+    array, made = _array("x", x), _array("xhat", xhat)
+    if array.shape != made.shape:
+        raise ValueError(f"`xhat` should have the shape of `x`, {array.shape}, got {made.shape}; did one lose an axis?")
+    if array.ndim <= 2:
+        return _scatter_reconstruction(array.reshape(len(array), -1), made.reshape(len(made), -1))
+    columns = min(len(array), 12) if columns is None else columns
+    check_positive("columns", columns)
+    x_images, made_images = _images("x", array), _images("xhat", made)
+    rows = math.ceil(len(array) / columns)
+    figure, _ = _figure(0.62 * columns + 0.6, 1.3 * rows + 0.5, panels=0)
+    low, high = _range(array)
+    for row in range(rows):
+        part = slice(row * columns, (row + 1) * columns)
+        blank = np.full((columns - len(x_images[part]), *x_images.shape[1:]), GUTTER * (high - low) + low)
+        ax = figure.add_subplot(rows, 1, row + 1)
+        _show(ax, _mosaic(np.concatenate([x_images[part], blank, made_images[part]]), columns, low, high))
+        bottom = ax.get_ylim()[0]
+        ax.set_yticks([bottom / 4, 3 * bottom / 4], ["data", "model"], color=INK, fontsize=9)
+        ax.tick_params(length=0)
+    figure.suptitle(f"{len(array)} data, and their reconstructions below", color=INK, fontsize=11)
+    return figure
+
+
+def latent_space(z: Any, labels: Any = None) -> Figure:
+    r"""Where the data lie in the latent space: directly in one or two dimensions, else their first two principal components.
+
+    Shapes: z ``(N, latent)``; labels ``(N,)``.
+
+    Args:
+        z: One point a datum, for example the posterior mean that ``encode`` returns.
+        labels: Classes (a colour and a marker each, named at their centre and in a legend; past ten, the nine largest) or real
+            numbers (a colour scale).
+
+    Raises:
+        ValueError: If ``z`` is not a matrix or ``labels`` has another length.
+    """
+    points = _array("z", z)
+    if points.ndim != 2 or not np.isfinite(points).all():
+        raise ValueError(
+            f"`z` should be a finite matrix (N, latent), got shape {points.shape}; flatten it and drop non-finite rows"
+        )
+    names = None if labels is None else np.asarray(_plain(labels))
+    if names is not None and names.shape != (len(points),):
+        raise ValueError(f"`labels` should have one entry a row of `z`, shape ({len(points)},), got {names.shape}")
+    flat, xlabel, ylabel, title = _project(points.astype(float))
+    figure, (ax,) = _figure(6.4, 5.2)
+    _label(ax, xlabel, ylabel, title)
+    if names is None:
+        ax.scatter(flat[:, 0], flat[:, 1], s=10, color=BLUE, alpha=0.6, linewidths=0)
+    elif names.dtype.kind == "f" and len(np.unique(names)) > len(CATEGORIES):
+        bar = figure.colorbar(ax.scatter(flat[:, 0], flat[:, 1], s=10, c=names, cmap="viridis", linewidths=0), ax=ax)
+        bar.set_label("label", color=INK)
+        bar.ax.tick_params(colors=INK, labelsize=9)
+    else:
+        _scatter_classes(ax, flat, names)
+    return figure
+
+
+def plot_khat(khat: Any, khat_se: Any = None, threshold: float = 0.7) -> Figure:
+    r"""Pareto k of importance weights, sorted, with error bars: above the threshold the weights cannot be trusted.
+
+    Shapes: khat, khat_se ``(N,)``, one a datum (or one for the whole posterior).
+
+    Args:
+        khat: Estimated shape of the generalised Pareto tail, without unit.
+        khat_se: Standard error of each, if known.
+        threshold: Where reliability ends; the usual 0.7 unless the sample size asks for less.
+
+    Raises:
+        ValueError: If ``khat`` is not a vector with a finite entry, or ``khat_se`` has another shape.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto Smoothed Importance Sampling, JMLR 25(72), sections 2.4 and 3.2.4.
+    """
+    check_positive("threshold", threshold, integer=False)
+    k = np.atleast_1d(np.asarray(_plain(khat), dtype=float))
+    if k.ndim != 1 or not np.isfinite(k).any():
+        raise ValueError(f"`khat` should be a vector with finite entries, got shape {k.shape}")
+    errors = None if khat_se is None else np.atleast_1d(np.asarray(_plain(khat_se), dtype=float))
+    if errors is not None and errors.shape != k.shape:
+        raise ValueError(f"`khat_se` should have the shape of `khat`, {k.shape}, got {errors.shape}")
+    order = np.argsort(k)[: np.isfinite(k).sum()]  # NaN and inf sort last
+    figure, (ax,) = _figure(7.0, 4.2)
+    rank, k_sorted = np.arange(1, len(order) + 1), k[order]
+    for chosen, colour, marker in ((k_sorted <= threshold, BLUE, "o"), (k_sorted > threshold, ORANGE, "^")):
+        if chosen.any():
+            bars = None if errors is None else errors[order][chosen]
+            _errorbar(ax, rank[chosen], k_sorted[chosen], bars, colour, marker)
+    for level, text in ((threshold, f"{threshold:.2g}: unreliable above"), (1.0, "1: no finite mean above")):
+        ax.axhline(level, color=INK, linewidth=0.9, linestyle="--" if level == threshold else ":")
+        ax.annotate(
+            text, (0.01, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8, color=INK
+        )
+    bad, lost = int((k > threshold).sum()), int((~np.isfinite(k)).sum())
+    missing = f"; {lost} not finite, not drawn" if lost else ""
+    _label(ax, "datum, in order of k", "Pareto k [no unit]", f"{bad} of {len(k)} above {threshold:.2g}{missing}")
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, max(top, 1.1, threshold + 0.1))
+    return figure
+
+
+def save(fig: Figure, path: str | Path, *, dpi: int = 150) -> Path:
+    """Write a figure to ``path``; the ending chooses the format (png, pdf, svg, ...).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: If matplotlib cannot write that ending, or the folder is missing.
+    """
+    path = Path(path)
+    endings = sorted(fig.canvas.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in endings:
+        raise ValueError(f"`path` should end in one of .{', .'.join(endings)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"`path` is in {str(path.parent)!r}, which is no folder; create it first")
+    fig.savefig(path, dpi=dpi, facecolor="white")
+    return path
+
+
+# --- the common look -------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [_look(figure.add_subplot(1, panels, i + 1)) for i in range(panels)]
+
+
+def _look(ax: Axes) -> Axes:
+    """White ground, a light grid, no box: said on the axes, so that a caller's own style does not mix in."""
+    ax.set_facecolor("white")
+    ax.grid(True, color=GRID, linewidth=0.7, linestyle="-")
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=INK, labelsize=9, length=3)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
+    return ax
+
+
+def _label(ax: Axes, x: str, y: str, title: str = "") -> None:
+    ax.set_xlabel(x, color=INK, fontsize=10)
+    ax.set_ylabel(y, color=INK, fontsize=10)
+    ax.set_title(title, color=INK, fontsize=11, loc="left")
+
+
+def _legend(ax: Axes, **where: Any) -> None:
+    legend = ax.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, labelcolor=INK, fontsize=9, **where)
+    legend.get_title().set_color(INK)
+
+
+def _errorbar(ax: Axes, x: np.ndarray, y: np.ndarray, bars: np.ndarray | None, colour: str, marker: str) -> None:
+    ax.errorbar(x, y, yerr=bars, color=colour, ecolor=colour, fmt=marker, markersize=4, elinewidth=0.7, linestyle="none")
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(x: Any) -> Any:
+    """Something ``np.asarray`` can read: tensors leave their device and graph."""
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else x
+
+
+def _array(argument: str, x: Any) -> np.ndarray:
+    array = np.asarray(_plain(x))
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"`{argument}` should be numbers, got an array of {array.dtype}")
+    if array.ndim == 0 or not array.size:
+        raise ValueError(f"`{argument}` should have at least one datum along its first axis, got shape {array.shape}")
+    return array
+
+
+def _images(argument: str, x: np.ndarray) -> np.ndarray:
+    """Images as ``(N, height, width, channels)`` with 1, 3 or 4 channels."""
+    if x.ndim == 3:
+        return x[..., None]
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4):
+        return x
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        return np.moveaxis(x, 1, -1)
+    raise ValueError(
+        f"`{argument}` should be images (N, H, W) or (N, H, W, C) with C in 1, 3, 4, or vectors (N, F), got shape {x.shape}"
+    )
+
+
+def _range(x: np.ndarray) -> tuple[float, float]:
+    """The values drawn as black and white."""
+    if x.dtype == np.uint8:
+        return 0.0, 255.0
+    low, high = float(np.nanmin(x)), float(np.nanmax(x))
+    if 0.0 <= low and high <= 1.0:
+        return 0.0, 1.0
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _series(columns: dict[str, np.ndarray], name: str, sign: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one logged column, finite entries only."""
+    values = sign * np.asarray(columns.get(name, ()), dtype=float)
+    steps = np.asarray(columns.get("step", np.arange(1, len(values) + 1)), dtype=float)
+    keep = np.isfinite(values)
+    return steps[keep], values[keep]
+
+
+# --- the bound -------------------------------------------------------------------------------------------------------------
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Running mean over a fortieth of the series: centred, narrower at the steep start, one-sided at the end."""
+    position = np.arange(len(y))
+    reach = np.minimum(len(y) // 80, position)
+    total = np.concatenate(([0.0], np.cumsum(y)))
+    left, right = position - reach, np.minimum(position + reach + 1, len(y))
+    return (total[right] - total[left]) / (right - left)
+
+
+def _draw_validation(ax: Axes, run: Run) -> np.ndarray:
+    step, bound = _series(run.validation, "bound")
+    if not len(bound):
+        return bound
+    errors = np.asarray(run.validation.get("std_error", np.zeros(0)), dtype=float)
+    if len(errors) == len(run.validation["bound"]):
+        errors = errors[np.isfinite(np.asarray(run.validation["bound"], dtype=float))]
+        ax.fill_between(step, bound - errors, bound + errors, color=ORANGE, alpha=0.2, linewidth=0, label="± 1 standard error")
+    marker = "o" if len(step) <= 40 else None
+    ax.plot(
+        step,
+        bound,
+        color=ORANGE,
+        linewidth=1.6,
+        marker=marker,
+        markersize=3.5,
+        label=f"validation, last {bound[-1]:.2f}".replace("-", "\N{MINUS SIGN}"),
+    )
+    return bound
+
+
+def _scale_bound(ax: Axes, lines: list[np.ndarray], raw: np.ndarray) -> str:
+    """Compress the steep start, if there is one; return a note for the label."""
+    top = max(float(line.max()) for line in lines if len(line))
+    low = min(float(line.min()) for line in lines if len(line))
+    late = np.concatenate([line[len(line) // 10 :] for line in lines])
+    width = max(top - float(np.quantile(late, 0.02)), 1e-9 * max(abs(top), 1.0))
+    head = min(float(raw.max()), top + width / 2)
+    if top - low < 4.0 * width:
+        ax.set_ylim(low - 0.05 * (top - low + width), head + 0.1 * width)
+        return ""
+    ax.set_yscale(
+        "function",
+        functions=(lambda y: -np.arcsinh((top - y) / width), lambda v: top - width * np.sinh(np.clip(-v, -50.0, 50.0))),
+    )
+    ax.set_yticks(_ticks(low, top, width))
+    ax.minorticks_off()
+    ax.set_ylim(low - 0.1 * (top - low), head + 0.1 * width)
+    return f"; log scale below {top - width:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _ticks(low: float, top: float, width: float) -> list[float]:
+    """Even ticks over the linear part, round numbers below it, none crowding another."""
+    from matplotlib.ticker import MaxNLocator
+
+    kept = [float(t) for t in MaxNLocator(5).tick_values(top - 1.2 * width, top) if top - 1.5 * width <= t <= top + 0.5 * width]
+    powers = range(-3, math.ceil(math.log10(max(abs(low), abs(top), 1e-3))) + 1)
+    round_ones = sorted((s * m * 10.0**p for p in powers for m in (1, 1.5, 2, 3, 4, 5, 7) for s in (-1, 1)), reverse=True)
+    for tick in round_ones:
+        if low <= tick < kept[0] and np.arcsinh((top - tick) / width) - np.arcsinh((top - kept[0]) / width) > 0.35:
+            kept.insert(0, tick)
+    return kept
+
+
+# --- images ----------------------------------------------------------------------------------------------------------------
+
+
+def _mosaic(images: np.ndarray, columns: int, low: float, high: float) -> np.ndarray:
+    """Tile ``(N, height, width, channels)`` into one picture in [0, 1], grey between the tiles."""
+    rows, (height, width, channels) = math.ceil(len(images) / columns), images.shape[1:]
+    gap = max(1, round(0.06 * max(height, width)))
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), GUTTER)
+    for i, image in enumerate(np.clip((images.astype(float) - low) / (high - low), 0.0, 1.0)):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def _show(ax: Axes, picture: np.ndarray) -> None:
+    if picture.shape[-1] == 1:
+        ax.imshow(picture[..., 0], cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    else:
+        ax.imshow(picture, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _image_panels(panels: list[tuple[np.ndarray, str]], columns: int | None, low_high: tuple[float, float]) -> Figure:
+    most = max(len(images) for images, _ in panels)
+    columns = math.ceil(math.sqrt(most)) if columns is None else columns
+    check_positive("columns", columns)
+    rows = math.ceil(most / columns)
+    side = min(4.6, max(2.0, 0.6 * columns))
+    figure, axes = _figure(side * len(panels) + 0.2, side * rows / columns + 0.5, panels=len(panels))
+    figure.set_layout_engine("constrained", wspace=0.06)
+    for ax, (images, name) in zip(axes, panels):
+        _show(ax, _mosaic(images, columns, *low_high))
+        ax.set_title(f"{len(images)} {name}", color=INK, fontsize=11, loc="left")
+    return figure
+
+
+# --- vectors ---------------------------------------------------------------------------------------------------------------
+
+
+def _names(names: Sequence[str] | None, features: int) -> list[str]:
+    if names is None:
+        return [f"feature {i}" for i in range(features)]
+    if len(names) != features:
+        raise ValueError(f"`names` should have one entry a feature, {features}, got {len(names)}")
+    return [str(name) for name in names]
+
+
+def _pairs(x: np.ndarray, reference: np.ndarray | None, names: Sequence[str] | None, title: str) -> Figure:
+    features = x.shape[1]
+    names, shown = _names(names, features), min(features, 4)
+    layers = [(x, BLUE, f"{len(x)} {title}")]
+    if reference is not None:
+        reference = reference.reshape(len(reference), -1)
+        layers.insert(0, (reference, INK, f"{len(reference)} data"))
+    figure, _ = _figure(max(2.2 * shown + 1.2, 5.4), max(2.0 * shown + 1.0, 3.8), panels=0)
+    limits = [_limits(np.concatenate([layer[:, i] for layer, _, _ in layers])) for i in range(shown)]
+    for row in range(shown):
+        for column in range(row + 1):
+            ax = _look(figure.add_subplot(shown, shown, row * shown + column + 1))
+            for layer, colour, label in layers:
+                _draw_pair(ax, layer[:, column], None if row == column else layer[:, row], colour, label, limits[column])
+            ax.set_xlim(*limits[column])
+            if row != column:
+                ax.set_ylim(*limits[row])
+            density = "density" if column == 0 or row == column else ""
+            _label(
+                ax, names[column] if row == shown - 1 else "", density if row == column else names[row] if column == 0 else ""
+            )
+    more = f" (first {shown} of {features} features)" if features > shown else ""
+    figure.suptitle(" over ".join(label for _, _, label in reversed(layers)) + more, color=INK, fontsize=11)
+    if shown > 1:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="upper right", bbox_to_anchor=(0.98, 0.9), frameon=False, labelcolor=INK, fontsize=10
+        )
+    elif len(layers) > 1:
+        _legend(figure.axes[0], loc="best")
+    return figure
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The middle 99.8 % of the values, with a margin: one wild sample must not hide the rest."""
+    low, high = np.quantile(values[np.isfinite(values)], [0.001, 0.999]) if np.isfinite(values).any() else (0.0, 1.0)
+    margin = 0.08 * (high - low) or 0.5
+    return float(low - margin), float(high + margin)
+
+
+def _draw_pair(ax: Axes, x: np.ndarray, y: np.ndarray | None, colour: str, label: str, limits: tuple[float, float]) -> None:
+    if y is None:
+        bins = np.linspace(*limits, 31).tolist()
+        style: dict[str, Any] = {"histtype": "step", "linewidth": 1.5}
+        if colour == INK:
+            style = {"histtype": "stepfilled", "alpha": 0.3}
+        ax.hist(x[np.isfinite(x)], bins=bins, density=True, color=colour, label=label, **style)
+        return
+    size = float(np.clip(3000.0 / len(x), 2.0, 12.0))
+    ax.scatter(x, y, s=size, color=colour, alpha=0.5, linewidths=0, label=label)
+
+
+def _scatter_reconstruction(x: np.ndarray, made: np.ndarray) -> Figure:
+    shown = min(x.shape[1], 4)
+    figure, axes = _figure(3.0 * shown + 0.4, 3.3, panels=shown)
+    for i, ax in enumerate(axes):
+        low, high = _limits(np.concatenate([x[:, i], made[:, i]]))
+        ax.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle="--")
+        ax.scatter(x[:, i], made[:, i], s=8, color=BLUE, alpha=0.5, linewidths=0)
+        ax.set_xlim(low, high)
+        ax.set_ylim(low, high)
+        _label(ax, f"feature {i}, data", "reconstruction" if i == 0 else "")
+    more = f" (first {shown} of {x.shape[1]} features)" if x.shape[1] > shown else ""
+    figure.suptitle(f"Reconstructions against data{more}", color=INK, fontsize=11)
+    return figure
+
+
+# --- the latent space ------------------------------------------------------------------------------------------------------
+
+
+def _project(z: np.ndarray) -> tuple[np.ndarray, str, str, str]:
+    """Points in the plane, with the labels that say how they came there."""
+    latent = z.shape[1]
+    if latent == 2:
+        return z, "latent 0", "latent 1", f"Latent space of {len(z)} data"
+    if latent == 1:
+        return (
+            np.column_stack([z[:, 0], np.arange(len(z))]),
+            "latent 0",
+            "datum",
+            f"Latent space of {len(z)} data, one dimension",
+        )
+    centred = z - z.mean(0)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    share = singular**2 / max(float((singular**2).sum()), np.finfo(float).tiny)
+    flat = np.zeros((len(z), 2))
+    flat[:, : min(2, len(axes))] = centred @ axes[:2].T
+    share = np.append(share, 0.0)
+    words = [f"principal component {i + 1} ({100 * share[i]:.0f}% of the variance)" for i in (0, 1)]
+    return flat, words[0], words[1], f"Latent space of {len(z)} data: 2 principal components of {latent} dimensions"
+
+
+def _scatter_classes(ax: Axes, flat: np.ndarray, labels: np.ndarray) -> None:
+    from matplotlib.patheffects import withStroke
+
+    names, counts = np.unique(labels, return_counts=True)
+    rest = len(names) > len(CATEGORIES)
+    chosen = sorted(names[np.argsort(-counts, kind="stable")[: len(CATEGORIES) - 1]].tolist()) if rest else names.tolist()
+    if rest:
+        others = flat[~np.isin(labels, chosen)]
+        ax.scatter(
+            others[:, 0], others[:, 1], s=8, color=GREY, alpha=0.4, linewidths=0, label=f"{len(names) - len(chosen)} others"
+        )
+    for name, colour, marker in zip(chosen, CATEGORIES, MARKERS):
+        points = flat[labels == name]
+        ax.scatter(points[:, 0], points[:, 1], s=14, color=colour, marker=marker, alpha=0.75, linewidths=0, label=str(name))
+        halo = [withStroke(linewidth=3, foreground="white")]
+        ax.annotate(str(name), np.median(points, axis=0), ha="center", va="center", color=INK, weight="bold", path_effects=halo)
+    _legend(ax, title="label", loc="center left", bbox_to_anchor=(1.0, 0.5))
