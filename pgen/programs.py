@@ -33,10 +33,13 @@ __all__ = [
     "batch_length",
     "call",
     "check_pair",
+    "current_rows",
     "draw",
     "isolated",
     "keyed_rng",
+    "rows_at",
     "run_pair",
+    "run_program",
     "vectorize",
 ]
 
@@ -183,6 +186,24 @@ class PlateSize(Messenger):
         return super().__exit__(*args)
 
 
+_ROWS: list[Tensor | None] = [None]
+
+
+@contextlib.contextmanager
+def rows_at(index: Tensor | None) -> Iterator[None]:
+    """Tell guides with a row of parameters for each datum which rows the batch holds; None for all of them in order."""
+    _ROWS.append(index)
+    try:
+        yield
+    finally:
+        _ROWS.pop()
+
+
+def current_rows() -> Tensor | None:
+    """Indices of the rows in the batch at hand, ``(B,)``; None where the batch is the whole data set."""
+    return _ROWS[-1]
+
+
 def call(program: Callable[..., Any], batch: Batch) -> Any:
     """Call a program on a batch: a tensor or a tuple by position, a dict by name."""
     if isinstance(batch, dict):
@@ -296,6 +317,11 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch,
     return Traces(_terms(model_trace, double), _terms(guide_trace, double), _subsampled(model_trace))
 
 
+def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = False) -> dict[str, Term]:
+    """Run one program and describe its sites; inside ``isolated``."""
+    return _terms(poutine.trace(program).get_trace(*_args(batch), **_kwargs(batch)), double)
+
+
 def _args(batch: Batch) -> tuple[Any, ...]:
     return () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
 
@@ -401,13 +427,15 @@ def draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num
         has_global=any(not t.local for t in latents.values()),
         has_local=any(t.local for t in latents.values()),
         subsampled=traces.subsampled,
-        no_density=tuple(t.name for t in traces.guide.values() if _is_point_mass(t)),
+        no_density=_point_masses(traces.guide),
     )
 
 
-def _is_point_mass(term: Term) -> bool:
-    fn = _base(term.fn)
-    return isinstance(fn, pyro.distributions.Delta) and not bool((torch.as_tensor(fn.log_density) != 0).any())
+def _point_masses(guide: dict[str, Term]) -> tuple[str, ...]:
+    """Guide sites that put all mass on one point; a Delta beside an auxiliary site is a change of variables instead."""
+    if any(term.auxiliary for term in guide.values()):
+        return ()
+    return tuple(term.name for term in guide.values() if isinstance(_base(term.fn), pyro.distributions.Delta))
 
 
 def _joint(rows: dict[str, Tensor]) -> Tensor:

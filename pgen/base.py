@@ -1,0 +1,935 @@
+r"""The contract that every family and every user's pair fulfils, bound to training, evaluation and diagnostics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from . import files
+from .contracts import Batch, Draws, NotAvailable, Run, Score, check_choice, check_event_shape, check_positive, nearest
+from .data.batches import key
+from .data.sources import as_batch, check_finite
+from .data.transforms import Transform, from_settings
+from .evaluation.likelihood import At, importance_bound, row_units, take
+from .guides.automatic import AUTOMATIC, Latent
+from .objectives import ELBO
+from .programs import (
+    DATA_PLATE,
+    ParameterHome,
+    PlateSize,
+    Term,
+    batch_length,
+    call,
+    check_pair,
+    closure_modules,
+    draw,
+    isolated,
+    keyed_rng,
+    rows_at,
+    run_pair,
+    run_program,
+    vectorize,
+)
+from .training.callbacks import Callback
+from .training.checkpoint import Checkpoint
+from .training.fit import NonFinite, Training
+from .training.fit import fit as fit_loop
+from .training.optim import Adam
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["GenerativeModel", "Pair", "load"]
+
+FAMILIES: dict[str, type[GenerativeModel]] = {}
+"""The closed registry of families that a saved file may name."""
+
+DRAW_ELEMENTS = 4_000_000
+"""Numbers held at a time while drawing; fixes the unit of noise, so it is no argument."""
+
+
+def _chunks(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+class _Questions(nn.Module):
+    """What a pair and a family have in common."""
+
+    preprocess: Transform | None
+    last_run: Run | None
+    home: ParameterHome
+
+    default_batch_size: ClassVar[int | None] = None
+    default_epochs: ClassVar[float | None] = None
+    default_steps: ClassVar[int | None] = None
+
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The model and the guide, as the engine calls them."""
+        raise NotImplementedError
+
+    # -- what the training loop asks for ------------------------------------------------------------------------------
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters to train."""
+        found = [p for p in self.parameters() if p.requires_grad]
+        if not found:
+            raise ValueError("there is nothing to train: neither model nor guide has a parameter")
+        return found
+
+    def changing(self) -> list[Tensor]:
+        """Buffers that the programs may change."""
+        return list(self.buffers())
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as the programs see it."""
+        return batch
+
+    def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch, in nats a datum."""
+        with isolated(self.home):
+            return objective(*self.programs(), self.prepare(batch), scalars)
+
+    def bound_rows(self, objective: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Bound of each datum, ``(N,)``, and the part that all share, ``()``."""
+        local, outside = [], []
+        with isolated(self.home), torch.no_grad(), rows_at(None), _evaluating(self):
+            parts = [take(batch, rows) for _, rows in _validation_units(batch)] if self._divisible(batch) else [batch]
+            for part in parts:
+                rows, shared = objective.rows(*self.programs(), self.prepare(part))
+                local.append(rows)
+                outside.append(shared)
+        return torch.cat(local), torch.stack(outside).mean()
+
+    def _divisible(self, batch: Batch) -> bool:
+        return True
+
+    def autopsy(self, batch: Batch) -> str:
+        """Name the first thing that is not finite when the programs run on ``batch``."""
+        with isolated(self.home), torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    return f"parameter {name!r} is not finite"
+            traces = run_pair(*self.programs(), self.prepare(batch))
+        for program, terms in (("guide", traces.guide), ("model", traces.model)):
+            for name, term in terms.items():
+                for what, value in (("value", term.value), ("log-density", term.log_prob)):
+                    bad = ~torch.isfinite(torch.as_tensor(value, dtype=torch.float64))
+                    if bool(bad.any()):
+                        rows = bad.reshape(len(bad), -1).any(-1).nonzero().reshape(-1).tolist() if bad.dim() else []
+                        where = f" in {len(rows)} of {len(bad)} rows (first: {rows[0]})" if rows else ""
+                        return f"{program} site {name!r}: {what} not finite{where}; try a smaller learning rate or clip_norm"
+        return "the gradient is not finite though the loss is; try a smaller learning rate, clip_norm or precision='float64'"
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    def _fit(
+        self,
+        data: Batch,
+        validation: Batch | None,
+        *,
+        objective: Any,
+        optimizer: Any,
+        epochs: float | None,
+        steps: int | None,
+        batch_size: int | None,
+        seed: int,
+        checkpoint: str | Path | None,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        training: Training | None,
+        options: dict[str, Any],
+    ) -> Run:
+        settings = _training(training, options)
+        check_positive("epochs", epochs, allow_none=True, integer=False)
+        check_positive("steps", steps, allow_none=True)
+        check_positive("batch_size", batch_size, allow_none=True)
+        if epochs is not None and steps is not None:
+            raise ValueError(f"give either `epochs` or `steps`, not both (got {epochs} and {steps})")
+        device = settings.torch_device()
+        num_data = batch_length(data)
+        size = min(batch_size or self.default_batch_size or num_data, num_data)
+        if epochs is None and steps is None:
+            epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
+        if optimizer is None:
+            optimizer, settings = self._default_optimizer(settings)
+        self.to(device=device, dtype=settings.dtype)
+        data = place(data, device, settings.dtype)
+        validation = None if validation is None else place(validation, device, settings.dtype)
+        if self.last_run is None:
+            self.prime(data)
+        self._first_look(data, size, seed)
+        self.to(device=device, dtype=settings.dtype)
+        store = None if checkpoint is None else Checkpoint(Path(checkpoint))
+        try:
+            self.last_run = fit_loop(
+                self, data, validation=validation, objective=objective or self.default_objective(), optimizer=optimizer,
+                training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
+                progress=progress, checkpoint=store,
+            )  # fmt: skip
+        except NonFinite as error:
+            self.last_run = error.run
+            raise
+        return self.last_run
+
+    def default_objective(self) -> Any:
+        """What ``fit`` minimises unless told otherwise."""
+        return ELBO()
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        return Adam(1e-3), settings
+
+    def _first_look(self, data: Batch, batch_size: int, seed: int) -> None:
+        """Create lazy parameters, then run both programs strictly on the first rows."""
+        num_data = batch_length(data)
+        first = take(data, slice(0, batch_size))
+        device = _device(data)
+        with keyed_rng(key(seed, "init"), device), torch.no_grad():
+            self.materialize(first, num_data, minibatch=batch_size < num_data)
+            index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
+            with keyed_rng(key(seed, "check"), device), isolated(self.home, validate=True), rows_at(index), _evaluating(self):
+                self._strict(self.prepare(first), num_data)
+
+    def _strict(self, batch: Batch, num_data: int) -> None:
+        try:
+            traces = check_pair(*self.programs(), batch, num_data)
+        except (ValueError, RuntimeError) as error:
+            raise _one_line(error) from error
+        rows = batch_length(batch)
+        if 0 < rows < num_data and not any(term.local for term in traces.model.values()):
+            raise ValueError(
+                f'a batch of {rows} of {num_data} rows needs the plate that holds the rows to be called "{DATA_PLATE}": '
+                f'write `with pyro.plate("{DATA_PLATE}", len(x))`, or leave batch_size out'
+            )
+
+    def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
+        """Run the programs once, so that parameters made on the way exist; later ones are refused."""
+
+    def prime(self, data: Batch) -> None:
+        """Start parameters at simple statistics of the training data, before the first fit."""
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _write(self, path: str | Path, metadata: dict[str, Any]) -> None:
+        from . import __version__
+
+        preprocess = None if self.preprocess is None else self.preprocess.settings()
+        files.write(path, self.state_dict(), {**metadata, "preprocess": preprocess, "pgen_version": __version__})
+
+
+def _training(training: Training | None, options: dict[str, Any]) -> Training:
+    names = [f.name for f in fields(Training)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"fit() got an unknown option {name!r}{nearest(name, names)}")
+    return replace(training or Training(), **options)
+
+
+def _one_line(error: Exception) -> ValueError:
+    text = " ".join(str(error).split())
+    if "Shape mismatch inside plate" in text:
+        text += "; check the sizes of the plates against the data"
+    return ValueError(text[:400])
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(leaf.device for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """A batch on the device, floating-point tensors in ``dtype``."""
+    return tree_map_only(Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else None), batch)
+
+
+class _evaluating:
+    """Dropout off and batch statistics frozen, for a while."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [(m, m.training) for m in module.modules()]
+
+    def __enter__(self) -> None:
+        for module, _ in self._modules:
+            module.training = False
+
+    def __exit__(self, *args: object) -> None:
+        for module, training in self._modules:
+            module.training = training
+
+
+VALIDATION_ROWS = 512
+
+
+def _validation_units(batch: Batch) -> list[tuple[int, slice]]:
+    total = batch_length(batch)
+    return [(i, slice(s, min(s + VALIDATION_ROWS, total))) for i, s in enumerate(range(0, total, VALIDATION_ROWS))]
+
+
+class GenerativeModel(_Questions, PyroModule):
+    r"""A family: a model p(x, z | c) and a guide q(z | x, c) as Pyro programs over one observed site ``"x"``.
+
+    A family implements ``model(x=None, context=None)`` and ``guide(x=None, context=None)``, with the batch axis in
+    ``self.plate(x, context)`` and every other axis declared by ``to_event``, and ``settings()``. This class gives fitting,
+    sampling, scoring and the rest.
+
+    Args:
+        event_shape: Shape of one datum.
+        preprocess: Invertible preprocessing of x, fitted to the training data and applied everywhere: what goes in and
+            comes out is in the user's units.
+        context_dim: Size of the context vector of each datum; 0 for none.
+    """
+
+    family: ClassVar[str] = ""
+    default_batch_size = 100
+    default_epochs = 100
+
+    def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
+        super().__init__()
+        self.event_shape = tuple(int(n) for n in event_shape)
+        if not self.event_shape or any(n < 1 for n in self.event_shape):
+            raise ValueError(f"`event_shape` should be positive sizes such as (28, 28), got {tuple(event_shape)}")
+        if context_dim < 0:
+            raise ValueError(f"`context_dim` should be 0 (no context) or the length of a context vector, got {context_dim}")
+        self.context_dim = context_dim
+        self.preprocess = preprocess
+        self.last_run = None
+        self.home = ParameterHome()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.family:
+            FAMILIES[cls.family] = cls
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
+        """The generative program."""
+        raise NotImplementedError
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
+        """The inference program; a family without latents leaves it empty."""
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        raise NotImplementedError
+
+    def plate(self, x: Tensor | None, context: Tensor | None) -> pyro.plate:
+        """The plate of the batch axis: as long as x, else as the context, else as many data as are being sampled."""
+        size = len(x) if x is not None else len(context) if context is not None else PlateSize.size or 1
+        return pyro.plate(DATA_PLATE, size, dim=-1)
+
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """``model`` and ``guide``."""
+        return self.model, self.guide
+
+    def prepare(self, batch: Batch) -> Batch:
+        """x as the programs see it: preprocessed."""
+        batch = cast(dict[str, Any], batch)
+        return batch if self.preprocess is None else {**batch, "x": self.preprocess(batch["x"])}
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        validation: Any = None,
+        context: Any = None,
+        validation_context: Any = None,
+        objective: Any = None,
+        optimizer: Any = None,
+        epochs: float | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+        training: Training | None = None,
+        **options: Any,
+    ) -> Run:
+        r"""Fit by stochastic variational inference (maximum likelihood where there are no latents).
+
+        Args:
+            data: x, shape ``(N, *event_shape)``: a tensor or an array.
+            validation: Held-out x, for the validation bound and early stopping.
+            context: Context of each datum, shape ``(N, context_dim)``.
+            validation_context: Context of each validation datum.
+            objective: ``pgen.ELBO()`` by default, ``pgen.IWAE(k)``, or any function (model, guide, batch, scalars).
+            optimizer: A learning rate, ``pgen.training.Adam(...)``, a torch optimizer or a function of the parameters that
+                makes one. Default: Adam at 1e-3.
+            epochs: Passes over the data (default 100).
+            steps: Optimizer steps, instead of epochs.
+            batch_size: Data a step (default 100).
+            seed: Keys initial values, order and noise; the global random state is left as it was.
+            checkpoint: A folder to save progress in and to resume from.
+            callbacks: Objects told of progress, such as ``pgen.training.JsonLines(path)``.
+            progress: Whether to show a progress bar on fits that take longer than a moment.
+            training: Grouped options; ``options`` override its fields by name.
+            **options: Fields of ``pgen.Training``: ``device``, ``precision``, ``compile``, ``clip_norm``, ``ema``,
+                ``schedule``, ``early_stopping``, ``augment`` and the others.
+
+        Returns:
+            A Run: history, validation bounds, reason for stopping, tier.
+
+        Raises:
+            ValueError: On bad data or arguments, in one line.
+        """
+        batch = self._batch("data", data, context)
+        held_out = None if validation is None else self._batch("validation", validation, validation_context)
+        if self.preprocess is not None and self.last_run is None:
+            self.preprocess.fit(batch["x"])
+        return self._fit(
+            batch, held_out, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size,
+            seed=seed, checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training, options=options,
+        )  # fmt: skip
+
+    def _batch(self, argument: str, x: Any, context: Any) -> dict[str, Tensor]:
+        """Checked x and context, in the model's dtype and on its device."""
+        if isinstance(x, dict):
+            x, context = x["x"], x.get("context", context)
+        x = as_batch(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`{argument}` should be one tensor or array of x, got {type(x).__name__}")
+        check_event_shape(argument, x, self.event_shape)
+        if len(x) == 0:
+            raise ValueError(f"`{argument}` is empty: shape {tuple(x.shape)}")
+        check_finite(x, argument)
+        batch = {"x": self._like(x)}
+        if context is not None or self.context_dim:
+            batch["context"] = self._context(context, len(x))
+        return batch
+
+    def _context(self, context: Any, length: int) -> Tensor:
+        if context is None:
+            raise ValueError(
+                f"this model was made with context_dim={self.context_dim}; give `context`, shape (N, {self.context_dim})"
+            )
+        if not self.context_dim:
+            raise ValueError("this model was made without context; make it with context_dim=... to condition on one")
+        context = torch.as_tensor(as_batch(context))
+        check_event_shape("context", context, (self.context_dim,))
+        if len(context) != length and len(context) != 1:
+            raise ValueError(f"`context` has {len(context)} rows for {length} data; give one row a datum, or one for all")
+        check_finite(context, "context")
+        return self._like(context).expand(length, -1)
+
+    def _like(self, x: Tensor) -> Tensor:
+        reference = next(self.parameters())
+        return x.to(reference.device, reference.dtype if x.is_floating_point() or x.dtype == torch.bool else None)
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def sample(self, n: int = 1, context: Any = None, *, seed: int = 0) -> Tensor:
+        """Draw x from the model.
+
+        Args:
+            n: How many.
+            context: One context for all, shape ``(1, context_dim)``, or one for each.
+            seed: Keys the draws.
+
+        Returns:
+            Shape ``(n, *event_shape)``, in the units of the data.
+        """
+        check_positive("n", n)
+        where = None if context is None and not self.context_dim else self._context(context, n)
+        reference, parts = next(self.parameters()), []
+        for number, count in enumerate(_chunks(n, 1024)):
+            chunk = None if where is None else where[number * 1024 : number * 1024 + count]
+            with (
+                isolated(self.home),
+                keyed_rng(key(seed, "sample", number), reference.device),
+                _evaluating(self),
+                torch.no_grad(),
+            ):
+                with PlateSize(count):
+                    parts.append(run_program(self.model, {"context": chunk})["x"].value)
+        x = torch.cat(parts)
+        return x if self.preprocess is None else self.preprocess.inverse(x)
+
+    def log_prob(
+        self, x: Any, context: Any = None, *, num_samples: int = 100, seed: int = 0, batch_size: int | None = None
+    ) -> Score:
+        r"""Log-density (or mass) of each datum, in nats, in the units of the data.
+
+        Exact for families without latents; otherwise the multi-sample lower bound of Burda et al. (2016),
+        :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k \mid x)`, with its Monte Carlo error.
+
+        Args:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Context of each datum.
+            num_samples: K. Memory does not grow with it.
+            seed: Keys the draws.
+            batch_size: Rows whose likelihood is evaluated at a time: memory, not results, depends on it.
+
+        Returns:
+            A Score of kind ``exact`` or ``lower_bound``.
+        """
+        check_positive("num_samples", num_samples)
+        check_positive("batch_size", batch_size, allow_none=True)
+        batch = self._batch("x", x, context)
+        device = next(self.parameters()).device
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), device):
+            log_det = 0.0 if self.preprocess is None else self.preprocess.log_det(batch["x"]).double()
+            prepared = cast(dict[str, Any], self.prepare(batch))
+            latents = run_program(self.guide, take(prepared, slice(0, 1)))
+            draws = num_samples if latents else 1
+            value, error = importance_bound(
+                self.model, self.guide, prepared, draws, seed=seed, batch_size=batch_size,
+                progress=None,
+            )  # fmt: skip
+        bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
+        size = math.prod(self.event_shape)
+        if not latents:
+            return Score(value + log_det, "lower_bound" if bounded else "exact", size)
+        return Score(value + log_det, "lower_bound", size, error, num_samples)
+
+    def draw(self, data: Any, num_samples: int = 1000, seed: int = 0, context: Any = None) -> Draws:
+        """Draws of the latents of ``data`` from the guide, with the log-densities that weigh them."""
+        check_positive("num_samples", num_samples)
+        batch = self._batch("data", data, context)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
+            return _draw(*self.programs(), self.prepare(batch), num_samples, seed)
+
+    def posterior(self, x: Any, num_samples: int = 1000, *, context: Any = None, seed: int = 0) -> xarray.DataTree:
+        """Draws of the latents given x as a DataTree, dims ``(chain=1, draw, data, ...)``."""
+        from .diagnostics.convert import to_datatree
+
+        return to_datatree(self.draw(x, num_samples, seed, context), run=self.last_run)
+
+    def predict(self, data: Any, num_samples: int = 100, seed: int = 0, context: Any = None) -> dict[str, Tensor]:
+        """Replicated data x_rep ~ p(x | z), z ~ q(z | x): ``{"x": (S, N, *event_shape)}`` in the units of the data."""
+        batch = self._batch("data", data, context)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
+            prepared = self.prepare(batch)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            out = _predict(*self.programs(), prepared, num_samples, seed)
+        if self.preprocess is not None:
+            shape = out["x"].shape
+            out["x"] = self.preprocess.inverse(out["x"].reshape(-1, *shape[2:])).reshape(shape)
+        return out
+
+    def encode(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+        """Posterior means of the latents under the guide, ``(N, latent size)``."""
+        batch = self._batch("x", x, context)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "encode"), _device(batch)):
+            prepared = self.prepare(batch)
+            parts = [self._means(take(prepared, rows)) for _, rows in row_units(prepared)]
+        if not parts[0]:
+            raise NotAvailable(f"{type(self).__name__} has no latent variables to encode into; VAE and Autoencoder have")
+        return torch.cat([torch.cat([v.reshape(len(v), -1) for v in part.values()], -1) for part in parts])
+
+    def _means(self, batch: Batch) -> dict[str, Tensor]:
+        terms = run_program(self.guide, batch)
+        return {name: _mean(term) for name, term in terms.items() if not term.auxiliary}
+
+    def reconstruct(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+        """Mean of p(x | z) at the posterior mean of z, in the units of the data, ``(N, *event_shape)``."""
+        batch = self._batch("x", x, context)
+        parts = []
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "encode"), _device(batch)):
+            prepared = cast(dict[str, Any], self.prepare(batch))
+            for _, rows in row_units(prepared):
+                part = cast(dict[str, Any], take(prepared, rows))
+                with PlateSize(rows.stop - rows.start), At(self._means(part)):
+                    terms = run_program(self.model, {**part, "x": None})
+                parts.append(_mean(terms["x"]))
+        out = torch.cat(parts)
+        return out if self.preprocess is None else self.preprocess.inverse(out)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write settings, parameters and preprocessing to one file that executes nothing when read."""
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
+
+
+def _mean(term: Term) -> Tensor:
+    """Mean of a site's distribution; where it has none (categories), the most probable value."""
+    mean = term.fn.mean
+    if bool(torch.isnan(mean).any()) and hasattr(term.fn, "mode"):
+        return term.fn.mode
+    return mean
+
+
+def _draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, seed: int) -> Draws:
+    """Draws in chunks of a size that depends on the data alone."""
+    numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    parts = []
+    for number, count in enumerate(_chunks(num_samples, max(1, min(1000, DRAW_ELEMENTS // max(numbers, 1))))):
+        with keyed_rng(key(seed, "draw", number), _device(batch)), rows_at(None):
+            parts.append(draw(model, guide, batch, count))
+    return parts[0] if len(parts) == 1 else _join(parts)
+
+
+def _join(parts: list[Draws]) -> Draws:
+    def cat(values: list[Any]) -> Any:
+        return None if values[0] is None else torch.cat(values)
+
+    first = parts[0]
+    return replace(
+        first,
+        values={name: cat([p.values[name] for p in parts]) for name in first.values},
+        log_likelihood={name: cat([p.log_likelihood[name] for p in parts]) for name in first.log_likelihood},
+        **{n: cat([getattr(p, n) for p in parts]) for n in ("log_p", "log_q", "log_p_rows", "log_q_rows")},
+    )
+
+
+def _predict(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, seed: int
+) -> dict[str, Tensor]:
+    """Draws of the observed sites at draws of the latents."""
+
+    def once() -> dict[str, Tensor]:
+        trace = poutine.trace(guide).get_trace(*_positional(batch), **_named(batch))
+        free = poutine.uncondition(model)
+        replayed = poutine.trace(poutine.replay(free, trace=trace)).get_trace(*_positional(batch), **_named(batch))
+        return {
+            name: site["value"]
+            for name, site in replayed.nodes.items()
+            if site["type"] == "sample" and site["infer"].get("was_observed", False) and not site["infer"].get("_deterministic")
+        }
+
+    numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    parts = []
+    for number, count in enumerate(_chunks(num_samples, max(1, min(1000, DRAW_ELEMENTS // max(numbers, 1))))):
+        with keyed_rng(key(seed, "predict", number), _device(batch)), rows_at(None):
+            parts.append(vectorize(once, count))
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def _positional(batch: Batch) -> tuple[Any, ...]:
+    return () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+
+
+def _named(batch: Batch) -> dict[str, Any]:
+    return batch if isinstance(batch, dict) else {}
+
+
+class Pair(_Questions):
+    r"""Any two Pyro programs, with the questions of ``GenerativeModel`` that make sense for them.
+
+    Args:
+        model: A function or module that makes ``pyro.sample`` statements. Rows of data that are to be subsampled lie in
+            ``pyro.plate("data", len(y))``.
+        guide: A program with the same arguments; one of Pyro's autoguides; or the name of an automatic guide:
+            ``"mean_field"`` (the default), ``"full_rank"``, ``"flow"``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> pair = Pair(model)
+        >>> run = pair.fit(torch.tensor([1.0, 2.0, 3.0]), steps=300, progress=False)
+        >>> abs(float(pair.posterior(torch.tensor([1.0, 2.0, 3.0]))["posterior"]["mu"].mean()) - 2.0) < 0.2
+        True
+    """
+
+    default_steps = 2000
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any] | str | None = None) -> None:
+        super().__init__()
+        if not callable(model):
+            raise TypeError(f"`model` should be a Pyro program (a function or a module), got {type(model).__name__}")
+        self.preprocess, self.last_run = None, None
+        self.home = ParameterHome()
+        self.guide_name = "mean_field" if guide is None else guide if isinstance(guide, str) else ""
+        if self.guide_name:
+            check_choice("guide", self.guide_name, tuple(AUTOMATIC))
+        elif not callable(guide):
+            raise TypeError(f"`guide` should be a Pyro program or one of {', '.join(AUTOMATIC)}, got {type(guide).__name__}")
+        self._model = model
+        self._guide: Callable[..., Any] | None = None if self.guide_name else cast(Callable[..., Any], guide)
+        for program in (model, guide):
+            if callable(program):
+                self.home.adopt(closure_modules(program))
+        self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._shapes: dict[str, Any] = {}
+
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The two programs."""
+        if self._guide is None:
+            raise ValueError("this pair has not seen data yet; call fit first")
+        return self._model, self._guide
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        schedule = "cosine" if settings.schedule is None else settings.schedule
+        return Adam(0.02), replace(settings, schedule=schedule)
+
+    def _divisible(self, batch: Batch) -> bool:
+        return False
+
+    def fit(
+        self,
+        data: Any = (),
+        *,
+        validation: Any = None,
+        objective: Any = None,
+        optimizer: Any = None,
+        epochs: float | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+        training: Training | None = None,
+        **options: Any,
+    ) -> Run:
+        """Fit the guide (and the model's own parameters) by stochastic variational inference.
+
+        Args:
+            data: The programs' arguments: a tensor, a tuple (by position) or a dict (by name) of arrays of equal length.
+            validation: Held-out arguments.
+            objective: ``pgen.ELBO()`` by default, or ``pgen.IWAE(k)``.
+            optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 with a cosine schedule to zero.
+            epochs: Passes over the data.
+            steps: Optimizer steps (default 2000).
+            batch_size: Data a step; the plate ``"data"`` is rescaled to the whole data set. Default: all.
+            seed: Keys initial values, order and noise.
+            checkpoint: A folder to save progress in and to resume from.
+            callbacks: Objects told of progress.
+            progress: Whether to show a progress bar on fits that take longer than a moment.
+            training: Grouped options; ``options`` override its fields by name.
+            **options: Fields of ``pgen.Training``.
+
+        Returns:
+            A Run. The bound is in nats a datum; ``print(run)`` shows the total too.
+        """
+        return self._fit(
+            self._batch("data", data), None if validation is None else self._batch("validation", validation),
+            objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size, seed=seed,
+            checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training, options=options,
+        )  # fmt: skip
+
+    def _batch(self, argument: str, data: Any) -> Batch:
+        batch = as_batch(data)
+        if batch_length(batch) == 0:
+            raise ValueError(f"`{argument}` is empty; give the programs' arguments as a tensor, a tuple or a dict of arrays")
+        check_finite(batch, argument)
+        reference = next(self.parameters(), None)
+        return batch if reference is None else place(batch, reference.device, reference.dtype)
+
+    def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
+        """Make the automatic guide where one was asked for, run both programs once, and take in a loaded state."""
+        if self._shapes:
+            return
+        with isolated(self.home):
+            if self._guide is None:
+                self._guide = self._automatic(batch, num_data, minibatch)
+            index = torch.arange(batch_length(batch), device=_device(batch)) if minibatch else None
+            try:
+                with rows_at(index):
+                    call(self._guide, batch)
+                    call(self._model, batch)
+            except (ValueError, RuntimeError) as error:
+                raise _one_line(error) from error
+        self.home.open = False
+        self._shapes = {"num_data": num_data, "minibatch": minibatch}
+        for name, program in (("model", self._model), ("guide", self._guide)):
+            if isinstance(program, nn.Module):
+                self.add_module(name, program)
+        if self._pending is not None:
+            self._restore(*self._pending)
+
+    def _automatic(self, batch: Batch, num_data: int, minibatch: bool) -> nn.Module:
+        try:
+            terms = run_program(self._model, batch)
+        except (ValueError, RuntimeError) as error:
+            raise _one_line(error) from error
+        latents = [t for t in terms.values() if not t.observed]
+        if not latents:
+            return _Empty()
+        draws = vectorize(lambda: {n: t.value for n, t in run_program(self._model, batch).items() if not t.observed}, 25)
+        made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
+        return cast(nn.Module, AUTOMATIC[self.guide_name](made, num_data))
+
+    def _ready(self, batch: Batch) -> None:
+        """Take in a loaded state at the first question."""
+        if not self._shapes and self._pending is not None:
+            shapes = self._pending[1]["shapes"]
+            with keyed_rng(0), torch.no_grad():
+                self.materialize(batch, shapes["num_data"], minibatch=shapes["minibatch"])
+        self.programs()
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def draw(self, data: Any, num_samples: int = 1000, seed: int = 0) -> Draws:
+        """Draws of the latents given ``data`` from the guide, with the log-densities that weigh them."""
+        check_positive("num_samples", num_samples)
+        batch = self._batch("data", data)
+        self._ready(batch)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            return _draw(*self.programs(), batch, num_samples, seed)
+
+    def posterior(self, data: Any, num_samples: int = 1000, *, seed: int = 0) -> xarray.DataTree:
+        """Draws of the latents given ``data`` as a DataTree, dims ``(chain=1, draw, ...)``."""
+        from .diagnostics.convert import to_datatree
+
+        return to_datatree(self.draw(data, num_samples, seed), run=self.last_run)
+
+    def predict(self, data: Any, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
+        """Posterior predictive draws of each observed site, ``(S, *shape)``, in chunks of bounded memory."""
+        check_positive("num_samples", num_samples)
+        batch = self._batch("data", data)
+        self._ready(batch)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            return _predict(*self.programs(), batch, num_samples, seed)
+
+    def sample(self, n: int, data: Any, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draws of each observed site with the latents from the *prior*, given the programs' arguments: ``(n, *shape)``."""
+        check_positive("n", n)
+        batch = self._batch("data", data)
+        self._ready(batch)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            return _predict(self._model, _Empty(), batch, n, seed)
+
+    def log_prob(self, data: Any, *, num_samples: int = 100, seed: int = 0, batch_size: int | None = None) -> Score:
+        """Each datum's log-density by the multi-sample bound, where every latent lies in the data plate.
+
+        Raises:
+            NotAvailable: If data share a latent: then the question to ask is the posterior's.
+        """
+        batch = self._batch("data", data)
+        self._ready(batch)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), _device(batch)):
+            traces = run_pair(*self.programs(), batch)
+            shared = [name for name, term in {**traces.guide, **traces.model}.items() if not term.local]
+            if shared:
+                raise NotAvailable(f"data share {shared[0]!r}, so no datum has a density of its own; ask for posterior(data)")
+            value, error = importance_bound(
+                *self.programs(), batch, num_samples if traces.guide else 1, seed=seed, batch_size=batch_size
+            )
+        size = sum(math.prod(t.fn.event_shape) for t in traces.likelihoods.values())
+        if not traces.guide:
+            return Score(value, "exact", size)
+        return Score(value, "lower_bound", size, error, num_samples)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the state of both programs; it is loaded into the same code by ``Pair(model, guide).load(path)``."""
+        if not self._shapes:
+            raise ValueError("this pair has not been fitted yet; there is nothing to save")
+        self._write(path, {"family": "pair", "guide": self.guide_name, "shapes": self._shapes})
+
+    def load(self, path: str | Path) -> Pair:
+        """Take in the state that ``save`` wrote; returns the pair itself.
+
+        The state is checked against the programs at once if they have run, else at the first question.
+        """
+        tensors, metadata = files.read(path)
+        if metadata.get("family") != "pair":
+            raise ValueError(f"{path} holds the family {metadata.get('family')!r}; use pgen.load(path)")
+        if metadata["guide"] != self.guide_name:
+            raise ValueError(
+                f"{path} was saved with the guide {metadata['guide'] or 'of your own'!r}, this pair has {self.guide_name!r}"
+            )
+        self._pending = tensors, metadata
+        if self._shapes:
+            self._restore(*self._pending)
+        return self
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        load_state(self, tensors, "the file")
+        self._pending = None
+
+
+class _Empty(nn.Module):
+    """A guide without latents."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """No statement."""
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a module, names and shapes checked first."""
+    state = module.state_dict()
+    missing, unknown = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
+        raise ValueError(f"{source} does not fit this model: it {what} ({len(missing)} missing, {len(unknown)} unknown)")
+    for name, tensor in state.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{source} has {name!r} of shape {tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}")
+    module.load_state_dict(tensors)
+
+
+_MAX_SETTING = 1_000_000
+
+
+def _check_settings(path: Any, value: Any, depth: int = 0) -> None:
+    """Settings are plain, bounded values: nothing is built from anything else."""
+    if isinstance(value, bool) or value is None:
+        return
+    if isinstance(value, (int, float)) and abs(value) <= _MAX_SETTING:
+        return
+    if isinstance(value, str) and len(value) <= 100:
+        return
+    if isinstance(value, (list, dict)) and len(value) <= 100 and depth < 4:
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_settings(path, item, depth + 1)
+        return
+    raise ValueError(f"{path}: a setting is out of bounds: {str(value)[:40]!r}")
+
+
+def load(path: str | Path) -> GenerativeModel:
+    """Load a model that ``save`` wrote. Nothing that the file brings is executed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ValueError: If the file is damaged, hostile, or of an unknown family; in one line.
+    """
+    metadata = files.read_metadata(path)
+    family, settings = metadata.get("family"), metadata.get("settings", {})
+    if family == "pair":
+        raise ValueError(f"{path} holds the state of a pair of your own; load it with pgen.Pair(model, guide).load(path)")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{path}: unknown family {str(family)[:40]!r}{nearest(str(family)[:40], FAMILIES)}")
+    _check_settings(path, settings)
+    tensors, _ = files.read(path)
+    try:
+        with torch.device("meta"):
+            outline = FAMILIES[family](**settings)
+            outline.preprocess = from_settings(metadata["preprocess"]) if metadata.get("preprocess") else None
+        _check_outline(outline, tensors, path)
+        model = FAMILIES[family](**settings)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: settings do not fit the family {family}: {str(error)[:80]}") from error
+    if metadata.get("preprocess"):
+        model.preprocess = from_settings(metadata["preprocess"])
+        for name, buffer in model.preprocess.named_buffers():
+            if f"preprocess.{name}" in tensors and buffer.shape != tensors[f"preprocess.{name}"].shape:
+                owner = model.preprocess.get_submodule(name.rpartition(".")[0])
+                setattr(owner, name.rpartition(".")[2], torch.empty_like(tensors[f"preprocess.{name}"]))
+    dtype = next(
+        (t.dtype for n, t in tensors.items() if t.is_floating_point() and not n.startswith("preprocess")), torch.float32
+    )
+    model.to(dtype)
+    load_state(model, tensors, str(path))
+    model.last_run = None
+    return model
+
+
+def _check_outline(outline: nn.Module, tensors: dict[str, Tensor], path: Any) -> None:
+    """Compare shapes on the meta device, before anything is allocated."""
+    for name, tensor in outline.state_dict().items():
+        if name.startswith("preprocess."):
+            continue
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            got = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise ValueError(f"{path}: {name} should have shape {tuple(tensor.shape)}, the file has {got}")

@@ -1,0 +1,157 @@
+r"""Log-likelihoods by importance sampling, for any number of samples in bounded memory.
+
+Noise is keyed by a fixed unit of rows and samples, so results do not depend on how much is evaluated at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..contracts import Batch
+from ..data.batches import key
+from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, vectorize
+
+__all__ = ["At", "importance_bound", "row_units", "take"]
+
+UNIT_ROWS = 64
+"""Rows that share one noise key."""
+UNIT_SAMPLES = 64
+"""Samples that share one noise key."""
+
+
+class At(Messenger):
+    """Runs a program at given values of its sample sites."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not site_is_subsample(msg):
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def take(batch: Batch, rows: slice | Tensor) -> Batch:
+    """Some rows of every tensor of a batch."""
+    return tree_map_only(Tensor, lambda t: t[rows] if t.dim() else t, batch)
+
+
+def row_units(batch: Batch) -> Iterator[tuple[int, slice]]:
+    """``(number, rows)`` of the units of a batch."""
+    for number, start in enumerate(range(0, batch_length(batch), UNIT_ROWS)):
+        yield number, slice(start, min(start + UNIT_ROWS, batch_length(batch)))
+
+
+def importance_bound(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    num_samples: int,
+    *,
+    seed: int,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Each datum's K-sample bound, and its Monte Carlo standard error.
+
+    .. math:: \hat{\mathcal{L}}_K = \log \frac{1}{K} \sum_k w_k, \qquad
+        \operatorname{se} = \sqrt{\frac{1}{K} \Bigl(\frac{\overline{w^2}}{\bar{w}^2} - 1\Bigr)} \text{ (delta method)}
+
+    Args:
+        model: The model program, all of whose latents lie in the data plate.
+        guide: The guide program.
+        batch: The data; run inside ``isolated``.
+        num_samples: K.
+        seed: Keys the noise.
+        batch_size: Rows whose likelihood is evaluated at a time; changes memory, not results.
+        progress: Called with (rows done, rows in all).
+
+    Returns:
+        Bound and standard error, ``(N,)`` each, float64, in nats.
+
+    References:
+        Burda et al. (2016), arXiv:1509.00519, eq. 8.
+    """
+    total = batch_length(batch)
+    bounds, errors = [], []
+    for number, rows in row_units(batch):
+        unit = take(batch, rows)
+        first = second = None
+        for chunk, start in enumerate(range(0, num_samples, UNIT_SAMPLES)):
+            count = min(UNIT_SAMPLES, num_samples - start)
+            device = next(t.device for t in torch.utils._pytree.tree_leaves(unit) if isinstance(t, Tensor))
+            with keyed_rng(key(seed, "bound", number, chunk), device), rows_at(None), torch.no_grad():
+                log_weight = _log_weights(model, guide, unit, count, batch_size)  # (count, rows)
+            first = _accumulate(first, torch.logsumexp(log_weight, 0))
+            second = _accumulate(second, torch.logsumexp(2 * log_weight, 0))
+        assert first is not None and second is not None
+        bounds.append(first - math.log(num_samples))
+        relative = (second - 2 * first + math.log(num_samples)).exp() - 1
+        errors.append((relative.clamp(min=0) / num_samples).sqrt())
+        if progress is not None:
+            progress(rows.stop, total)
+    return torch.cat(bounds), torch.cat(errors)
+
+
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else torch.logaddexp(total, part)
+
+
+def _log_weights(
+    model: Callable[..., Any], guide: Callable[..., Any], unit: Batch, count: int, batch_size: int | None
+) -> Tensor:
+    """Log-weights of ``count`` draws for each row of a unit, the likelihood in slices of ``batch_size`` rows."""
+    axes: dict[str, int] = {}
+
+    def propose() -> tuple[dict[str, Tensor], Tensor]:
+        terms = run_program(guide, unit, double=True)
+        axes.update({name: _row_axis(term) for name, term in terms.items()})
+        return {name: term.value for name, term in terms.items()}, _sum_rows(terms, batch_length(unit))
+
+    values, log_q = vectorize(propose, count)
+    parts = []
+    size = batch_size or batch_length(unit)
+    for start in range(0, batch_length(unit), size):
+        rows = slice(start, min(start + size, batch_length(unit)))
+        local = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in values.items() if n in axes}
+        parts.append(_log_joint(model, take(unit, rows), local))
+    return torch.cat(parts, -1) - log_q
+
+
+def _row_axis(term: Term) -> int:
+    """The data axis of a site's value, counted from the right."""
+    axis = dict(term.plates).get(DATA_PLATE)
+    if axis is None:
+        raise ValueError(f'guide site {term.name!r} lies outside the plate "{DATA_PLATE}"; ask for the posterior instead')
+    return axis - (term.value.dim() - term.log_prob.dim())
+
+
+def _log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]) -> Tensor:
+    """log p(x, z) for each draw and row, at given draws of z."""
+
+    def at(z: dict[str, Tensor]) -> Tensor:
+        with At(z):
+            return _sum_rows(run_program(model, batch, double=True), batch_length(batch))
+
+    if not values:
+        return at({})[None]
+    try:
+        return torch.func.vmap(at)(values)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+        return torch.stack([at({n: v[i] for n, v in values.items()}) for i in range(len(next(iter(values.values()))))])
+
+
+def _sum_rows(terms: dict[str, Term], rows: int) -> Tensor:
+    outside = [t.name for t in terms.values() if not t.local]
+    if outside:
+        raise ValueError(f"site {outside[0]!r} is shared by all data, so no datum has a likelihood of its own")
+    parts = [t.rows for t in terms.values()]
+    return sum(parts[1:], parts[0]) if parts else torch.zeros(rows, dtype=torch.float64)

@@ -1,0 +1,7 @@
+"""The families: one file each, read top to bottom."""
+
+from ..base import FAMILIES as REGISTRY
+from .autoencoder import Autoencoder
+from .vae import VAE
+
+__all__ = ["REGISTRY", "VAE", "Autoencoder"]

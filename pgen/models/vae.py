@@ -1,0 +1,106 @@
+r"""Variational autoencoder: a Gaussian latent, a decoder, and an amortized Gaussian guide.
+
+.. math::
+
+    z \sim \mathcal{N}(0, I), \qquad x \mid z \sim p(x \mid \mathrm{decoder}(z, c)), \qquad
+    q(z \mid x, c) = \mathcal{N}(\mu(x, c), \operatorname{diag} \sigma(x, c)^2)
+
+Kingma and Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114; Rezende, Mohamed, Wierstra (2014),
+arXiv:1401.4082.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..base import GenerativeModel
+from ..contracts import Batch, check_choice, check_positive
+from ..data.transforms import Transform
+from ..distributions.observation import OBSERVATIONS, observation
+from ..guides import GaussianEncoder
+from ..nn import ACTIVATIONS, MLP, flatten
+
+__all__ = ["VAE"]
+
+
+class VAE(GenerativeModel):
+    r"""Variational autoencoder with dense networks.
+
+    Shapes: x ``(N, *event_shape)``, context ``(N, context_dim)``, z ``(N, latent_dim)``.
+
+    Args:
+        event_shape: Shape of one datum.
+        latent_dim: Size of z.
+        hidden: Sizes of the encoder's hidden layers; the decoder's are the same in reverse.
+        likelihood: ``"bernoulli"`` (x in {0, 1}), ``"categorical"`` (x in {0, ..., num_classes - 1}) or ``"gaussian"``
+            (real x; mean and standard deviation both functions of z).
+        num_classes: Values of a categorical x.
+        activation: ``"silu"``, ``"tanh"``, ``"relu"``, ``"softplus"``, or the module class itself.
+        context_dim: Size of the vector that model and guide are conditioned on; 0 for none.
+        preprocess: Invertible preprocessing of x.
+
+    Example:
+        >>> vae = VAE((8, 8), latent_dim=3)
+        >>> vae.sample(2).shape
+        torch.Size([2, 8, 8])
+    """
+
+    family = "vae"
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        latent_dim: int = 8,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        likelihood: str = "bernoulli",
+        num_classes: int | None = None,
+        activation: str | type[nn.Module] = "silu",
+        context_dim: int = 0,
+        preprocess: Transform | None = None,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        check_positive("latent_dim", latent_dim)
+        check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
+        self.latent_dim, self.likelihood, self.num_classes = latent_dim, likelihood, num_classes
+        self.hidden, self.activation = tuple(hidden), ACTIVATIONS.name(activation)
+        self.observation = observation(likelihood, self.event_shape, num_classes)
+        size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
+        self.encoder = GaussianEncoder(MLP(size + context_dim, self.hidden, 2 * latent_dim, make).glorot())
+        self.decoder = MLP(latent_dim + context_dim, self.hidden[::-1], self.observation.outputs * size, make).glorot()
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        names = ("latent_dim", "likelihood", "num_classes", "activation", "context_dim")
+        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **{n: getattr(self, n) for n in names}}
+
+    def prime(self, data: Batch) -> None:
+        """Start the decoder's output at the mean of the training data."""
+        with torch.no_grad():
+            x = self.prepare(data)["x"]  # type: ignore[call-overload,index]
+            self.decoder[-1].bias.copy_(self.observation.start(x))  # type: ignore[union-attr,operator]
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """p(x, z | c)."""
+        with self.plate(x, context):
+            zero = self.decoder[0].weight.new_zeros(self.latent_dim)
+            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
+            return pyro.sample("x", self.observation.distribution(self.decoder(_with(z, context))), obs=x)
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> None:
+        """q(z | x, c)."""
+        assert x is not None
+        features = flatten(self.observation.features(x), len(self.event_shape))
+        with self.plate(x, context):
+            pyro.sample("z", self.encoder(_with(features, context)))
+
+
+def _with(features: Tensor, context: Tensor | None) -> Tensor:
+    return features if context is None else torch.cat([features, context.expand(*features.shape[:-1], -1)], -1)

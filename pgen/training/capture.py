@@ -1,0 +1,236 @@
+r"""From a function of tensors to a graph of tensor operations, and from there to compiled code.
+
+``capture`` runs the function under ``make_fx``: the handlers' Python, the module calls and autograd are gone afterwards. A
+function whose control flow depends on data or on chance must never be frozen silently, so it is captured twice, on other
+inputs and other noise, and the graphs are compared; whatever would leave the graph (``.item()``, ``.numpy()``, Python's or
+NumPy's random numbers) is refused.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["BackgroundCompile", "CaptureRefused", "CudaReplay", "capture", "compile_graph", "retrace"]
+
+TensorFunction = Callable[..., Sequence[Tensor]]
+
+
+class CaptureRefused(Exception):
+    """The function cannot be captured without changing what it computes. The message is one line for users."""
+
+
+class _NoEscape(TorchFunctionMode):
+    """Refuses to hand tensor values to NumPy, where the graph would lose sight of them."""
+
+    _ESCAPES = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._ESCAPES:
+            raise CaptureRefused(f"the program calls .{func.__name__.strip('_')}() on a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    python_state, numpy_state = (
+        random.getstate(),
+        np.random.get_state()[1].copy(),
+    )  # type: ignore[index,union-attr]
+    try:
+        with _NoEscape():
+            graph = make_fx(fn)(*inputs)
+    except CaptureRefused:
+        raise
+    except Exception as error:
+        raise CaptureRefused(_reason(error)) from error
+    if random.getstate() != python_state or not np.array_equal(np.random.get_state()[1], numpy_state):  # type: ignore[index]
+        raise CaptureRefused("the program draws from Python's or NumPy's random numbers")
+    return graph
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "_local_scalar_dense" in text or "data-dependent" in text or ".item()" in text:
+        return "the program's control flow depends on tensor values (.item(), if, float() or len() of a tensor)"
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return f"{type(error).__name__}: {first[:120]}"
+
+
+def capture(
+    fn: TensorFunction, inputs: Sequence[Tensor], other: Sequence[Tensor], reseed: Callable[[int], None]
+) -> fx.GraphModule:
+    """Capture ``fn`` on ``inputs``, and again on ``other`` with other noise, and insist that the graphs agree.
+
+    Args:
+        fn: A function of tensors (modules that it closes over must have their parameters among the inputs).
+        inputs: Example inputs; the parameters' own objects, so that they are recognised inside.
+        other: Inputs of the same shapes with other data.
+        reseed: Seeds the generators, called with 1 and 2.
+
+    Raises:
+        CaptureRefused: With one line that says why.
+    """
+    reseed(1)
+    graph = _trace(fn, inputs)
+    reseed(2)
+    _compare(graph, _trace(fn, other))
+    return simplify(graph)
+
+
+def retrace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Capture a function made of captured graphs and plain tensor code, which needs no second look."""
+    return simplify(make_fx(fn)(*inputs))
+
+
+def _compare(first: fx.GraphModule, second: fx.GraphModule) -> None:
+    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
+    same = len(nodes) == len(others) and all(_describe(a) == _describe(b) for a, b in zip(nodes, others))
+    if not same:
+        raise CaptureRefused("two runs on different batches gave different graphs: control flow depends on data or chance")
+    for a, b in zip(nodes, others):
+        if a.op == "get_attr":
+            x, y = getattr(first, a.target), getattr(second, b.target)
+            if isinstance(x, Tensor) and not torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)):
+                raise CaptureRefused("a constant of the program differs between two runs: it depends on data or chance")
+
+
+def _describe(node: fx.Node) -> tuple[Any, ...]:
+    def plain(value: Any) -> Any:
+        return value.name if isinstance(value, fx.Node) else value
+
+    target = "constant" if node.op == "get_attr" else str(node.target)
+    arguments = repr(torch.utils._pytree.tree_map_only(fx.Node, plain, (node.args, dict(node.kwargs))))
+    return node.op, target, arguments
+
+
+_RANDOM_OR_MUTABLE = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "cauchy", "gamma", "dropout",
+                      "poisson", "geometric", "dirichlet", "binomial", "empty")  # fmt: skip
+
+
+def _is_constant_op(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = node.target.name()
+    if node.target._schema.is_mutable:
+        return False
+    return not any(word in name for word in _RANDOM_OR_MUTABLE)
+
+
+def simplify(graph: fx.GraphModule) -> fx.GraphModule:
+    """Drop aliases without meaning outside autograd, and compute what depends on no input once."""
+    aten = torch.ops.aten
+    written = _written_roots(graph)
+    constant: dict[fx.Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            constant[node] = getattr(graph, node.target)
+        elif node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif _is_constant_op(node) and node not in written and all(n in constant for n in node.all_input_nodes):
+            args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, constant.__getitem__, (node.args, node.kwargs))
+            value = node.target(*args, **kwargs)
+            if isinstance(value, Tensor) and value.numel() <= 1 << 16:
+                constant[node] = value
+    _freeze(graph, constant)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _written_roots(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that some in-place operation writes to."""
+    written = set()
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            written.update(n for n in node.all_input_nodes)
+    return written
+
+
+def _freeze(graph: fx.GraphModule, constant: dict[fx.Node, Any]) -> None:
+    """Replace computed nodes that others use by attributes."""
+    for i, (node, value) in enumerate(constant.items()):
+        if node.op == "get_attr" or all(user in constant for user in node.users):
+            continue
+        name = f"_folded_{i}"
+        graph.register_buffer(name, value.contiguous() if value.dim() and 0 in value.stride() else value)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(name))
+
+
+def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunction:
+    """Compile a captured graph with inductor; its noise is the eager generator's."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(fallback_random=True), torch.no_grad():
+        compiled = compile_fx(graph, list(inputs))
+        return lambda *args: compiled(*args)
+
+
+class BackgroundCompile:
+    """Compiles beside training; ``result()`` is None until it is ready. A failure becomes a one-line reason."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+        self.reason = ""
+        self._result: TensorFunction | None = None
+        self._thread = threading.Thread(target=self._work, args=(graph, list(inputs)), daemon=True, name="pgen-compile")
+        self._thread.start()
+
+    def _work(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+        try:
+            self._result = compile_graph(graph, inputs)
+        except Exception as error:  # the reason is shown to the user; training goes on in the graph tier
+            self.reason = f"compilation failed, {_reason(error)}"
+
+    @property
+    def running(self) -> bool:
+        """Whether compilation still goes on."""
+        return self._thread.is_alive()
+
+    def result(self, wait: bool = False) -> TensorFunction | None:
+        """The compiled function, or None."""
+        if wait:
+            self._thread.join()
+        return None if self.running else self._result
+
+
+class CudaReplay:
+    """Replays a function as one CUDA graph: inputs are copied into fixed buffers, outputs are read from fixed buffers.
+
+    The random generator is registered with the graph by torch: seeding it before a replay decides the noise. Not yet run
+    on a GPU.
+
+    Args:
+        fn: Function of tensors, all on one CUDA device.
+        inputs: Its inputs; those of ``moving`` change from call to call, the others stay where they are.
+        moving: Positions of the inputs that are given anew at each call.
+    """
+
+    def __init__(self, fn: TensorFunction, inputs: Sequence[Tensor], moving: Sequence[int]) -> None:
+        self._inputs = [t.clone() if i in moving else t for i, t in enumerate(inputs)]
+        self._moving = tuple(moving)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                fn(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = fn(*self._inputs)
+
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        """Copy the moving inputs, replay, and return copies of the outputs."""
+        for i in self._moving:
+            self._inputs[i].copy_(args[i], non_blocking=True)
+        self._graph.replay()
+        return [out.clone() for out in self._outputs]

@@ -1,0 +1,632 @@
+r"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..contracts import Batch, Run, check_choice, check_positive
+from ..data.batches import Batches, key, step_keys
+from ..data.sources import fingerprint
+from ..programs import keyed_rng, rows_at, seed_generators
+from .callbacks import Callback
+from .capture import BackgroundCompile, CaptureRefused
+from .checkpoint import Checkpoint, check_same
+from .optim import External, from_torch, internal
+from .progress import Progress
+from .schedule import Schedule, multiplier
+from .step import Step
+
+__all__ = ["NonFinite", "Training", "fit"]
+
+_TIERS = ("auto", "eager", "graph", "compiled")
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+BLOCK_SECONDS = 0.2
+"""Target length of a block of steps between two looks at the device."""
+CAPTURE_WORTH_SECONDS = 2.0
+"""A fit whose remaining eager time is shorter than this is not worth capturing."""
+COMPILE_WORTH_SECONDS = 10.0
+"""A fit whose remaining graph time is shorter than this is not worth compiling."""
+UNROLL_SECONDS = 4e-4
+"""A graph step shorter than this is compiled with several steps in one call."""
+
+
+class NonFinite(FloatingPointError):
+    """Training met non-finite losses or gradients several times in a row; parameters are those of the last good step.
+
+    Attributes:
+        run: The run up to there.
+    """
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: what is neither the model, the objective nor the optimizer.
+
+    Args:
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``...
+        precision: ``"float32"``, ``"float64"``, or ``"bfloat16"`` (autocast: float32 parameters, bfloat16 products).
+        compile: ``"auto"`` starts at once and takes faster tiers as they become ready; ``"eager"``, ``"graph"`` and
+            ``"compiled"`` settle the tier before the first step.
+        deterministic: With ``compile="auto"``, settle the tier before the first step, so that runs agree to the bit.
+        clip_norm: Largest Euclidean norm of the gradient.
+        ema: Decay of an exponential moving average of the parameters, which the model holds after training.
+        schedule: Of the learning rate; see ``training.schedule.multiplier``.
+        early_stopping: Validations without a better bound before stopping; the best parameters are restored. None means 20
+            where there are validation data, 0 never stops early.
+        validate_every: Steps between validations; None for about 50 in all, never more often than once an epoch.
+        max_nonfinite: Non-finite steps in a row before training stops.
+        augment: A random function of each batch of x, drawn anew at every step: ``torch.bernoulli`` binarises grey images.
+        unroll: Steps in one compiled call; None to choose.
+        checkpoint_every: Steps between checkpoints.
+    """
+
+    device: str = "auto"
+    precision: str = "float32"
+    compile: str = "auto"
+    deterministic: bool = False
+    clip_norm: float | None = None
+    ema: float | None = None
+    schedule: Schedule = None
+    early_stopping: int | None = None
+    validate_every: int | None = None
+    max_nonfinite: int = 5
+    augment: Callable[[Tensor], Tensor] | None = None
+    unroll: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("compile", self.compile, _TIERS)
+        check_choice("precision", self.precision, tuple(_PRECISIONS))
+        check_positive("clip_norm", self.clip_norm, allow_none=True, integer=False)
+        check_positive("validate_every", self.validate_every, allow_none=True)
+        check_positive("unroll", self.unroll, allow_none=True)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"`ema` is a decay in (0, 1), such as 0.999, got {self.ema}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and floating-point data."""
+        return _PRECISIONS[self.precision]
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` names."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"`device` is {self.device!r}, but torch sees no GPU; use device='cpu' or 'auto'")
+        return device
+
+
+class Trainable(Protocol):
+    """What the loop needs of a model."""
+
+    def trainable(self) -> list[nn.Parameter]: ...
+
+    def changing(self) -> list[Tensor]: ...
+
+    def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def bound_rows(self, objective: Any, batch: Batch) -> tuple[Tensor, Tensor]: ...
+
+    def autopsy(self, batch: Batch) -> str: ...
+
+
+@dataclass
+class _Plan:
+    """How long and how often."""
+
+    steps: int
+    batches: int
+    validate_every: int
+
+    @classmethod
+    def make(cls, batches: int, epochs: float | None, steps: int | None, training: Training) -> _Plan:
+        total = steps if steps is not None else max(1, round((epochs or 1) * batches))
+        every = training.validate_every or max(batches, math.ceil(total / 50 / batches) * batches)
+        return cls(total, batches, every)
+
+
+@dataclass
+class _Log:
+    """Columns of the history, and the validation table."""
+
+    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    validation: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "bound": [], "std_error": []})
+
+    def add(self, **columns: np.ndarray) -> None:
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).append(np.atleast_1d(values))
+
+    def history(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate(parts) for name, parts in self.columns.items()}
+
+    def trend(self) -> float:
+        """Change of the bound a thousand steps, over the last half of a window of blocks."""
+        loss = np.concatenate(self.columns["loss"][-10:])
+        if len(loss) < 4:
+            return 0.0
+        half = len(loss) // 2
+        return float((np.nanmean(loss[:half]) - np.nanmean(loss[half:])) / half * 1000)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising it: the step in progress ends whole. A second one raises."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Loop:
+    """State of one fit."""
+
+    def __init__(
+        self,
+        target: Trainable,
+        data: Batch,
+        objective: Any,
+        optimizer: Any,
+        training: Training,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.target, self.objective, self.training, self.seed = target, objective, training, seed
+        self.device = training.torch_device()
+        self.leaves, self.spec = tree_flatten(data)
+        self.sliced = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        self.num_data = len(self.leaves[self.sliced[0]])
+        self.batch_size = batch_size
+        self.full = batch_size >= self.num_data
+        self.batches = Batches(self.num_data, batch_size, seed=seed, device=self.device)
+        params = target.trainable()
+        optimizer = from_torch(optimizer)
+        if isinstance(optimizer, External):
+            optimizer.bind(params)
+            optimizer = internal(optimizer, params)
+        self.optimizer = optimizer
+        tensors = [self.leaves[i] for i in self.sliced]
+        self.step = Step(
+            self._loss, params, target.changing(), optimizer, tensors, clip_norm=training.clip_norm, ema=training.ema
+        )
+        self.noise_key = key(seed, "noise")
+        self.runners: dict[int, Callable[[Tensor | None, Tensor], list[Tensor]]] = {}
+        self.tier, self.reason = "eager", ""
+
+    # -- pieces of a step ---------------------------------------------------------------------------------------------
+
+    def batch(self, tensors: Sequence[Tensor], index: Tensor | None) -> Batch:
+        """The rows at ``index`` in the data's own structure, augmented."""
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.sliced, tensors):
+            leaves[i] = tensor if index is None else tensor.index_select(0, index)
+        if self.training.augment is not None:
+            leaves[self.sliced[0]] = self.training.augment(leaves[self.sliced[0]])
+        return tree_unflatten(leaves, self.spec)
+
+    def _loss(self, tensors: list[Tensor], index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        with rows_at(index), self._autocast():
+            return self.target.loss(self.objective, self.batch(tensors, index), {"num_data": float(self.num_data)})
+
+    def _autocast(self) -> Any:
+        enabled = self.training.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def index(self, step: int) -> Tensor | None:
+        """Row indices of a step; None for all rows in order."""
+        return None if self.full else self.batches.indices(step)
+
+    def scalars(self, start: int, count: int, rate: Callable[[int], float]) -> Tensor:
+        """What depends on the step alone, ``(count, scalars)``."""
+        if isinstance(self.optimizer, External):
+            rows = [(self.optimizer.lr * rate(t),) for t in range(start, start + count)]
+        else:
+            rows = [self.optimizer.scalars(t, self.optimizer.lr * rate(t)) for t in range(start, start + count)]
+        return torch.tensor(rows, dtype=torch.float64).to(self.training.dtype).to(self.device)
+
+    # -- tiers --------------------------------------------------------------------------------------------------------
+
+    def runner(self, index: Tensor | None, step: int) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
+        """The step for batches of this length in the tier at hand."""
+        if self.tier == "eager":
+            return self.step.eager
+        length = -1 if index is None else len(index)
+        if length not in self.runners:
+            self.runners[length] = self.step.graph(index, self._other(step))
+        return self.runners[length]
+
+    def _other(self, step: int) -> Tensor | None:
+        """Indices of another batch of the same length, to capture on a second time."""
+        index = self.index(step)
+        if index is None:
+            return None
+        rows = torch.arange(len(index), device=index.device)
+        return (index + 1 + rows) % self.num_data
+
+    def raise_to_graph(self, step: int) -> bool:
+        """Capture; on refusal stay eager and remember why."""
+        try:
+            self.tier = "graph"
+            self.runner(self.index(step), step)
+            return True
+        except CaptureRefused as refusal:
+            self.tier, self.reason = "eager", str(refusal)
+            return False
+
+
+class _Compilation:
+    """The compiled tier: unrolled steps in one call, made beside training or waited for."""
+
+    def __init__(self, loop: _Loop, step: int, unroll: int, rate: Callable[[int], float], wait: bool) -> None:
+        self.unroll = unroll
+        index = loop.index(step)
+        rows = None if index is None else torch.stack([index] * unroll)
+        graph, inputs = loop.step.traced(rows, loop.scalars(step, unroll, rate))
+        self._loop = loop
+        self._work = BackgroundCompile(graph, inputs)
+        self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
+        if wait:
+            self.poll(wait=True)
+
+    def poll(self, wait: bool = False) -> bool:
+        """Take the compiled step over if it is ready; returns whether there is nothing more to wait for."""
+        fn = self._work.result(wait)
+        if fn is not None and self.run is None:
+            self.run = self._loop.step.bind(fn)
+            self._loop.tier, self._loop.reason = "compiled", ""
+        if not self._work.running and self._work.reason:
+            self._loop.reason = self._work.reason
+        return not self._work.running
+
+
+def fit(
+    target: Trainable,
+    data: Batch,
+    *,
+    validation: Batch | None,
+    objective: Any,
+    optimizer: Any,
+    training: Training,
+    epochs: float | None,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
+    callbacks: Sequence[Callback],
+    progress: bool,
+    checkpoint: Checkpoint | None = None,
+) -> Run:
+    """Train ``target``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
+    loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, seed=seed)
+    plan = _Plan.make(len(loop.batches), epochs, steps, training)
+    trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint)
+    with keyed_rng(key(seed, "fit"), loop.device), _interruptible() as caught:
+        return trainer.train(caught)
+
+
+class _Trainer:
+    """Runs blocks of steps between looks at the device, validations and tier changes."""
+
+    def __init__(
+        self,
+        loop: _Loop,
+        plan: _Plan,
+        validation: Batch | None,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.checkpoint, self.saved_at = checkpoint, 0
+        self.loop, self.plan, self.validation, self.callbacks = loop, plan, validation, callbacks
+        self.log, self.bar = _Log(), Progress(plan.steps, progress)
+        self.rate = multiplier(loop.training.schedule, loop.optimizer.lr, plan.steps)
+        self.done, self.skipped, self.skipped_in_row = 0, 0, 0
+        self.block, self.step_seconds = 1, math.nan
+        self.compilation: _Compilation | None = None
+        self.best: tuple[float, list[Tensor]] | None = None
+        self.bad_validations = 0
+        self.run = Run(num_data=loop.num_data, seed=loop.seed)
+        patience = loop.training.early_stopping
+        self.patience = (20 if validation is not None else 0) if patience is None else patience
+
+    def train(self, caught: list[int]) -> Run:
+        """The whole fit."""
+        start = time.perf_counter()
+        for callback in self.callbacks:
+            callback.on_start(self.run)
+        try:
+            with torch.no_grad():
+                self._resume()
+                self._settle()
+                stopped = ""
+                while not stopped and self.done < self.plan.steps:
+                    self._advance(start)
+                    stopped = self._after_block() or ("interrupted (Ctrl-C)" if caught else "")
+                    self._save(due=bool(stopped) or self.done == self.plan.steps)
+            self.run.stopped = stopped or f"all {self.plan.steps} steps done"
+        finally:
+            self.bar.close()
+            self._finish(start)
+        for callback in self.callbacks:
+            callback.on_end(self.run)
+        return self.run
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _configuration(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        loop, training = self.loop, self.loop.training
+        schedule = training.schedule if isinstance(training.schedule, (str, type(None))) else "own"
+        return {
+            "data": fingerprint(tree_unflatten(loop.leaves, loop.spec)),
+            "objective": repr(loop.objective) if "object at" not in repr(loop.objective) else type(loop.objective).__name__,
+            "optimizer": repr(loop.optimizer) if not isinstance(loop.optimizer, External) else "own",
+            "batch_size": loop.batch_size,
+            "seed": loop.seed,
+            "schedule": schedule,
+            "steps": self.plan.steps if schedule not in (None, "constant") else "any",
+            **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping", "validate_every")},
+        }
+
+    def _save(self, due: bool) -> None:
+        """Write a checkpoint where one is due: every ``checkpoint_every`` steps, by default at each validation."""
+        every = self.loop.training.checkpoint_every or self.plan.validate_every
+        if self.checkpoint is None or not (due or self.done - self.saved_at >= every):
+            return
+        step = self.loop.step
+        tensors = {f"step.{i}": t for i, t in enumerate(step.mutable())}
+        if self.best is not None:
+            tensors |= {f"best.{i}": t for i, t in enumerate(self.best[1])}
+        counters = {
+            "done": self.done,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "bad": self.bad_validations,
+        }
+        metadata = {
+            "configuration": self._configuration(), "counters": counters, "validation": self.log.validation,
+            "best": None if self.best is None else self.best[0], "metrics": step.metric_names,
+        }  # fmt: skip
+        self.checkpoint.write(tensors, self.log.history(), metadata)
+        self.saved_at = self.done
+
+    def _resume(self) -> None:
+        """Take up the checkpoint, if there is one of the same configuration and data."""
+        found = None if self.checkpoint is None else self.checkpoint.read()
+        if found is None or self.checkpoint is None:
+            return
+        tensors, history, metadata = found
+        check_same(metadata["configuration"], self._configuration(), self.checkpoint.path)
+        if isinstance(self.loop.optimizer, External):
+            raise ValueError(
+                "resuming needs one of pgen's own optimizers (Adam, AdamW, SGD): others keep their state to themselves"
+            )
+        for i, tensor in enumerate(self.loop.step.mutable()):
+            tensor.copy_(tensors[f"step.{i}"])
+        if metadata["best"] is not None:
+            self.best = metadata["best"], [tensors[f"best.{i}"].to(v) for i, v in enumerate(self._current())]
+        counters = metadata["counters"]
+        self.done, self.skipped, self.skipped_in_row = counters["done"], counters["skipped"], counters["skipped_in_row"]
+        self.bad_validations, self.saved_at = counters["bad"], counters["done"]
+        self.log.validation = metadata["validation"]
+        self.log.add(**history)
+        self.loop.step.metric_names = metadata["metrics"]
+
+    # -- tiers --------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Choose the tier before the first step, where that is asked for."""
+        training, loop = self.loop.training, self.loop
+        wanted = "compiled" if training.deterministic and training.compile == "auto" else training.compile
+        if wanted == "eager":
+            loop.reason = "as asked"
+        if wanted in ("graph", "compiled") and not loop.raise_to_graph(0) and training.compile != "auto":
+            raise ValueError(f"compile={wanted!r} is not possible: {loop.reason}; compile='auto' falls back to eager")
+        if wanted == "graph":
+            loop.reason = "as asked"
+        if wanted == "compiled" and loop.tier == "graph":
+            self._start_compilation(wait=True)
+
+    def _improve(self) -> None:
+        """With ``compile="auto"``: capture, then compile beside training, where the time left is worth it."""
+        training, loop = self.loop.training, self.loop
+        if training.compile != "auto" or training.deterministic or self.done < 3:
+            return
+        left = (self.plan.steps - self.done) * self.step_seconds
+        if loop.tier == "eager" and not loop.reason:
+            if left > CAPTURE_WORTH_SECONDS:
+                loop.raise_to_graph(self.done)
+                self.block = 1
+        elif loop.tier == "graph" and self.compilation is None and self.block > 2 and left > COMPILE_WORTH_SECONDS:
+            self._start_compilation(wait=False)
+        elif loop.tier == "graph" and self.compilation is not None:
+            self.compilation.poll()
+
+    def _start_compilation(self, wait: bool) -> None:
+        if isinstance(self.loop.optimizer, External):
+            self.loop.reason = f"{type(self.loop.optimizer.optimizer).__name__} steps outside the graph"
+            return
+        fast = not math.isnan(self.step_seconds) and self.step_seconds < UNROLL_SECONDS
+        unroll = self.loop.training.unroll or (20 if fast or self._tiny() else 1)
+        unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
+        try:
+            self.compilation = _Compilation(self.loop, self.done, unroll, self.rate, wait)
+        except CaptureRefused as refusal:
+            self.loop.reason = str(refusal)
+
+    def _tiny(self) -> bool:
+        return sum(v.numel() for v in self.loop.step.values) * min(self.loop.batch_size, self.loop.num_data) < 100_000
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, start: float) -> None:
+        """Run a block of steps and write them into the history."""
+        self._improve()
+        until_validation = self.plan.validate_every - self.done % self.plan.validate_every
+        count = min(self.block, self.plan.steps - self.done, until_validation if self.validation is not None else self.block)
+        began = time.perf_counter()
+        columns = self._run(count)
+        host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
+        now = time.perf_counter()
+        self.step_seconds = (now - began) / count
+        self.block = max(1, min(int(BLOCK_SECONDS / self.step_seconds), self.block * 4, 20_000))
+        self._record(count, host, now - start)
+
+    def _run(self, count: int) -> list[list[Tensor]]:
+        loop, done = self.loop, self.done
+        table = loop.scalars(done, count, self.rate)
+        keys = step_keys(loop.noise_key, done, count)
+        columns: list[list[Tensor]] = []
+        i = 0
+        while i < count:
+            index = loop.index(done + i)
+            seed_generators(keys[i], loop.device)
+            taken, out = self._call(index, table, i, count)
+            columns = columns or [[] for _ in out]
+            for column, value in zip(columns, out):
+                column.append(value)
+            i += taken
+        return columns
+
+    def _call(self, index: Tensor | None, table: Tensor, i: int, count: int) -> tuple[int, list[Tensor]]:
+        """One call of the tier at hand: the steps it took, and its outputs ``(steps,)``."""
+        loop, compiled = self.loop, self.compilation
+        if compiled is not None and compiled.run is not None and i + compiled.unroll <= count:
+            u = compiled.unroll
+            if index is None:
+                return u, compiled.run(None, table[i : i + u])
+            rows = [index] if u == 1 else [loop.batches.indices(self.done + j) for j in range(i, i + u)]
+            if all(len(r) == loop.batch_size for r in rows):
+                return u, compiled.run(torch.stack(rows), table[i : i + u])
+        out = loop.runner(index, self.done + i)(index, table[i])
+        return 1, [o.reshape(1) for o in out]
+
+    def _record(self, count: int, host: np.ndarray, seconds: float) -> None:
+        loss, norm, skip = host[0], host[1], host[2] > 0.5
+        steps = np.arange(self.done + 1, self.done + count + 1)
+        lr = np.array([self.loop.optimizer.lr * self.rate(int(t) - 1) for t in steps])
+        metrics = dict(zip(self.loop.step.metric_names, host[3:]))
+        epoch = steps / self.plan.batches
+        self.log.add(step=steps, epoch=epoch, loss=loss, grad_norm=norm, lr=lr, seconds=np.full(count, seconds), **metrics)
+        self.done += count
+        self.skipped += int(skip.sum())
+        self.skipped_in_row = self.skipped_in_row + count if skip.all() else int(np.argmin(skip[::-1]))
+        means = {name: float(np.nanmean(v)) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
+        for callback in self.callbacks:
+            callback.on_log(self.done, {**means, "lr": float(lr[-1]), "seconds": seconds})
+        best = f" · validation {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
+        self.bar.update(self.done, -means["loss"], self.log.trend(), f"{self.loop.tier}{best}")
+
+    def _after_block(self) -> str:
+        """Look after non-finite steps and validation; returns why to stop, or nothing."""
+        if self.skipped_in_row >= self.loop.training.max_nonfinite:
+            self.run.stopped = f"{self.skipped_in_row} non-finite steps in a row"
+            error = NonFinite(f"{self.run.stopped} before step {self.done + 1}: {self._autopsy()}")
+            error.run = self.run
+            raise error
+        due = self.done % self.plan.validate_every == 0 or self.done == self.plan.steps
+        if self.validation is None or not due:
+            return ""
+        bound, error = self._validate()
+        for name, value in zip(("step", "bound", "std_error"), (self.done, bound, error)):
+            self.log.validation[name].append(value)
+        for callback in self.callbacks:
+            callback.on_validation(self.done, bound, error)
+        return self._judge(bound)
+
+    def _judge(self, bound: float) -> str:
+        if not self.patience:
+            return ""
+        if self.best is None or bound > self.best[0]:
+            self.best = bound, [v.clone() for v in self._current()]
+            self.bad_validations = 0
+            return ""
+        self.bad_validations += 1
+        if self.bad_validations < self.patience:
+            return ""
+        return f"validation bound did not improve in {self.patience} validations; best parameters restored"
+
+    def _current(self) -> list[Tensor]:
+        return self.loop.step.ema or self.loop.step.values
+
+    def _validate(self) -> tuple[float, float]:
+        """Mean bound and its standard error, with the same noise every time."""
+        loop = self.loop
+        with _swapped(loop.step.values, loop.step.ema), keyed_rng(key(loop.seed, "validation"), loop.device):
+            local, outside = self.loop.target.bound_rows(loop.objective, self.validation)  # type: ignore[arg-type]
+        rows = local + outside / loop.num_data if len(local) else outside.reshape(1) / loop.num_data
+        error = float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else math.nan
+        return float(rows.mean()), error
+
+    def _autopsy(self) -> str:
+        """Replay the last step eagerly, with its own rows and noise, and name what went wrong."""
+        loop, step = self.loop, self.done - 1
+        index = loop.index(step)
+        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
+        tensors = [loop.leaves[i] for i in loop.sliced]
+        with rows_at(index):
+            return loop.target.autopsy(loop.batch(tensors, index))
+
+    def _finish(self, start: float) -> None:
+        loop, run = self.loop, self.run
+        final = self.best[1] if self.best is not None else loop.step.ema
+        if self.best is not None and not run.stopped.startswith("validation"):
+            run.stopped += "; best validated parameters restored"
+        for value, better in zip(loop.step.values, final):
+            value.copy_(better)
+        run.history = self.log.history()
+        run.validation = {name: np.array(values) for name, values in self.log.validation.items() if values}
+        run.tier, run.tier_reason = loop.tier, self._why_not_faster()
+        run.steps, run.epochs, run.skipped = self.done, self.done / self.plan.batches, self.skipped
+        run.seconds = time.perf_counter() - start
+
+    def _why_not_faster(self) -> str:
+        loop = self.loop
+        if loop.tier == "compiled" or loop.reason:
+            return loop.reason
+        if self.compilation is not None:
+            return "training ended before compilation did"
+        return "too short to be worth " + ("capturing" if loop.tier == "eager" else "compiling")
+
+
+@contextmanager
+def _swapped(values: list[Tensor], others: list[Tensor]) -> Iterator[None]:
+    """Hold ``others`` in ``values`` for a while."""
+    if not others:
+        yield
+        return
+    before = [v.clone() for v in values]
+    for value, other in zip(values, others):
+        value.copy_(other)
+    try:
+        yield
+    finally:
+        for value, old in zip(values, before):
+            value.copy_(old)
