@@ -1,6 +1,6 @@
 """The sides of `svi.py`: each runs in a process of its own, is built and warmed up once, then times blocks of steps on request.
 
-Protocol, one JSON object a line: the side says `{"ready": name, "build_s": s, "ops": counts}`, then answers every
+Protocol, one JSON object a line: the side says `{"build_s": s, "ops": counts}` when it is ready, then answers every
 `{"steps": n}` with `{"cpu": s, "wall": s, "steps": n}` until its input closes. Only one side works at a time.
 """
 
@@ -289,6 +289,64 @@ def numpyro_side(size, scan):
     return run
 
 
+# ---------------------------------------------------------------- pgen
+def pgen_fit(size, tier, callback):
+    """Fit the Pyro side's programs without end; the callback takes the turns."""
+    import torch
+
+    import pgen
+
+    model, guide, _ = pyro_vae(size) if size else pyro_schools()
+    data, batch = (torch_rows(size), size.batch) if size else (torch.tensor(Y), None)
+    optimizer = pgen.training.Adam(lr=1e-3)
+    fit = pgen.Pair(model, guide).fit
+    fit(data, steps=10**12, batch_size=batch, optimizer=optimizer, compile=tier, progress=False, callbacks=[callback])
+
+
+class FitTurns:
+    """A callback that times the blocks of steps between two of its calls: a turn is as many blocks as it takes."""
+
+    def __init__(self, started, count):
+        self.started, self.count, self.turns, self.counter = started, count, None, None
+
+    def on_start(self, run): ...
+
+    def on_validation(self, step, bound, std_error): ...
+
+    def on_end(self, run): ...
+
+    def on_log(self, step, metrics):
+        """A block has ended after `step` steps in all."""
+        if self.turns is None:
+            self.prepare(step)
+        elif step - self.first >= self.wanted:
+            answer(self.clock, step - self.first)
+            self.next_turn(step)
+
+    def prepare(self, step):
+        """Warm up, then count the calls of one block, then say ready."""
+        if step < SCAN:
+            return
+        if self.counter is None:
+            self.build_s = time.process_time() - self.started
+            self.first, self.counter = step, torch_counter()
+            if self.count:
+                self.counter.__enter__()
+            return
+        if self.count:
+            self.counter.__exit__(None, None, None)
+        self.turns = requests()
+        say(build_s=self.build_s, ops=self.counter.mean(step - self.first) if self.count else None)
+        self.next_turn(step)
+
+    def next_turn(self, step):
+        self.wanted = next(self.turns, None)
+        if self.wanted is None:
+            raise SystemExit
+        self.first, self.clock = step, clock()
+
+
+# ---------------------------------------------------------------- the worker
 SIDES = {
     "pyro": lambda size: pyro_side(size, validation=True),
     "pyro, validation off": lambda size: pyro_side(size, validation=False),
@@ -296,21 +354,30 @@ SIDES = {
     "numpyro jit": lambda size: numpyro_side(size, scan=False),
     "numpyro scan": lambda size: numpyro_side(size, scan=True),
 }
+PGEN_SIDES = {"pgen graph": "graph", "pgen compiled": "compiled"}
 
 
-# ---------------------------------------------------------------- the worker
 def say(**message):
     print(json.dumps(message), flush=True)
 
 
-def measure(run, steps):
-    cpu, wall = time.process_time(), time.perf_counter()
-    run(steps)
-    return time.process_time() - cpu, time.perf_counter() - wall
+def requests():
+    """Steps asked for, turn by turn."""
+    for line in sys.stdin:
+        yield json.loads(line)["steps"]
 
 
-def count_torch_calls(run):
-    """Torch calls that reach a kernel in one eager step, and the numbers that they compute (views counted as calls only)."""
+def clock():
+    return time.process_time(), time.perf_counter()
+
+
+def answer(since, steps):
+    cpu, wall = clock()
+    say(cpu=cpu - since[0], wall=wall - since[1], steps=steps)
+
+
+def torch_counter():
+    """Counts the torch calls that reach a kernel, and the numbers that they compute (a view computes none)."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -325,9 +392,10 @@ def count_torch_calls(run):
                 self.elements += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
             return out
 
-    with Counter() as counter:
-        run(1)
-    return {"calls": counter.calls, "elements": counter.elements}
+        def mean(self, steps):
+            return {"calls": round(self.calls / steps), "elements": round(self.elements / steps)}
+
+    return Counter()
 
 
 def serve(side, model, core):
@@ -337,15 +405,22 @@ def serve(side, model, core):
         import torch
 
         torch.set_num_threads(1)
-    start = time.process_time()
+    started = time.process_time()
+    if side in PGEN_SIDES:
+        tier = PGEN_SIDES[side]
+        return pgen_fit(MODELS[model], tier, FitTurns(started, count=tier != "compiled"))
     run = SIDES[side](MODELS[model])
     run(SCAN)  # builds, compiles, fills caches
-    build_s = time.process_time() - start
-    say(ready=side, build_s=build_s, ops=count_torch_calls(run) if uses_torch else None)
-    for line in sys.stdin:
-        steps = json.loads(line)["steps"]
-        cpu, wall = measure(run, steps)
-        say(cpu=cpu, wall=wall, steps=steps)
+    build_s, ops = time.process_time() - started, None
+    if uses_torch:
+        with torch_counter() as counter:
+            run(1)
+        ops = counter.mean(1)
+    say(build_s=build_s, ops=ops)
+    for steps in requests():
+        since = clock()
+        run(steps)
+        answer(since, steps)
 
 
 if __name__ == "__main__":

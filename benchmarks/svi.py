@@ -21,7 +21,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from _sides import MODELS, SCAN, SCOREBOARD, SIDES
+from _sides import MODELS, PGEN_SIDES, SCAN, SCOREBOARD, SIDES
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "jaxlib", "pgen", "numpy")
@@ -228,7 +228,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name not in SCOREBOARD])
     parser.add_argument("--scoreboard", action="store_true", help="add the three softplus sizes")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *PGEN_SIDES], default=[*SIDES, *PGEN_SIDES])
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn")
