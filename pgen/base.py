@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import files
 from .contracts import Batch, Draws, NotAvailable, Run, Score, check_choice, check_event_shape, check_positive, nearest
+from .data.arrays import as_batch, check_finite
 from .data.batches import key
-from .data.sources import as_batch, check_finite
 from .data.transforms import Transform, from_settings
 from .evaluation.likelihood import At, importance_bound, row_units, take
 from .guides.automatic import AUTOMATIC, Latent
@@ -94,6 +94,10 @@ class _Questions(nn.Module):
         """The batch as the programs see it."""
         return batch
 
+    def _prepared(self, batch: Batch) -> tuple[Batch, Tensor | None]:
+        """The same, and log |dy/dx| of each datum where x was preprocessed."""
+        return batch, None
+
     def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch, in nats a datum."""
         with isolated(self.home):
@@ -105,8 +109,9 @@ class _Questions(nn.Module):
         with isolated(self.home), torch.no_grad(), rows_at(None), _evaluating(self):
             parts = [take(batch, rows) for _, rows in _validation_units(batch)] if self._divisible(batch) else [batch]
             for part in parts:
-                rows, shared = objective.rows(*self.programs(), self.prepare(part))
-                local.append(rows)
+                prepared, log_det = self._prepared(part)
+                rows, shared = objective.rows(*self.programs(), prepared)
+                local.append(rows if log_det is None or objective.kind == "unnormalised" else rows + log_det)
                 outside.append(shared)
         return torch.cat(local), torch.stack(outside).mean()
 
@@ -330,8 +335,23 @@ class GenerativeModel(_Questions, PyroModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """x as the programs see it: preprocessed."""
+        return self._prepared(batch)[0]
+
+    def _prepared(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
+        """The preprocessed batch, and log |dy/dx| of each datum."""
         batch = cast(dict[str, Any], batch)
-        return batch if self.preprocess is None else {**batch, "x": self.preprocess(batch["x"])}
+        if self.preprocess is None:
+            return batch, None
+        x, log_det = self.preprocess.forward_with_log_det(batch["x"])
+        return {**batch, "x": x}, log_det
+
+    def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch; a bound is in the units of the data."""
+        with isolated(self.home):
+            prepared, log_det = self._prepared(batch)
+            loss, metrics = objective(*self.programs(), prepared, scalars)
+        density = log_det is not None and objective.kind != "unnormalised"
+        return (loss - log_det.mean() if density else loss), metrics  # type: ignore[union-attr]
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
@@ -476,8 +496,8 @@ class GenerativeModel(_Questions, PyroModule):
         batch = self._batch("x", x, context)
         device = next(self.parameters()).device
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), device):
-            log_det = 0.0 if self.preprocess is None else self.preprocess.log_det(batch["x"]).double()
-            prepared = cast(dict[str, Any], self.prepare(batch))
+            prepared, change = self._prepared(batch)
+            log_det = 0.0 if change is None else change.double()
             latents = run_program(self.guide, take(prepared, slice(0, 1)))
             draws = num_samples if latents else 1
             value, error = importance_bound(

@@ -281,7 +281,10 @@ class Traces:
 
 def _term(site: dict[str, Any], double: bool) -> Term:
     fn, value = site["fn"], site["value"]
-    log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
+    if type(fn) is pyro.distributions.Delta and site["infer"].get("is_change_of_variables", False):
+        log_prob = fn.log_density  # at its own point, which is where it was drawn
+    else:
+        log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
     log_prob = scale_and_mask(log_prob.double() if double else log_prob, mask=site["mask"])
     plates = tuple((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
     auxiliary = bool(site["infer"].get("is_auxiliary", False))

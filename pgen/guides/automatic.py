@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 from ..contracts import NotAvailable
 from ..programs import DATA_PLATE, Term, current_rows
@@ -29,6 +31,17 @@ __all__ = ["AUTOMATIC", "Flow", "FullRank", "Latent", "MeanField"]
 
 INITIAL_SCALE = 0.1
 """Standard deviation of every unconstrained latent at the start."""
+
+
+class _Frames(Messenger):
+    """Says that statements lie in plates which are not entered again (a name can be entered once a trace)."""
+
+    def __init__(self, frames: tuple[CondIndepStackFrame, ...]) -> None:
+        super().__init__()
+        self.frames = frames
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        msg["cond_indep_stack"] = (*self.frames, *msg["cond_indep_stack"])
 
 
 @dataclass(frozen=True)
@@ -69,13 +82,10 @@ class Latent:
         row_axis = batch_dim + axes[DATA_PLATE] if minibatch and DATA_PLATE in axes else None
         return cls(term.name, transform, start, term.fn.event_dim, batch_dim, plates, row_axis)
 
-    @contextmanager
-    def context(self, rows: int | None) -> Iterator[None]:
-        """Enter the site's plates; the data plate has ``rows`` rows where given."""
-        with ExitStack() as stack:
-            for name, axis, size in self.plates:
-                stack.enter_context(pyro.plate(name, rows if name == DATA_PLATE and rows is not None else size, dim=axis))
-            yield
+    def context(self, rows: int | None) -> _Frames:
+        """The site's plates; the data plate has ``rows`` rows where given."""
+        sizes = ((n, axis, rows if n == DATA_PLATE and rows is not None else size) for n, axis, size in self.plates)
+        return _Frames(tuple(CondIndepStackFrame(name, axis, size, 0) for name, axis, size in sizes))
 
     def sample(self, unconstrained: Tensor, rows: int | None = None) -> None:
         """Make the site's statement at T(unconstrained), with the density of the change of variables."""
@@ -83,7 +93,8 @@ class Latent:
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
         log_det = log_det.flatten(self.batch_dim).sum(-1) if log_det.dim() > self.batch_dim else log_det
         with self.context(rows):
-            pyro.sample(self.name, dist.Delta(value, log_density=-log_det, event_dim=self.event_dim))
+            delta = dist.Delta(value, log_density=-log_det, event_dim=self.event_dim)
+            pyro.sample(self.name, delta, infer={"is_change_of_variables": True})
 
 
 class _RowTable(nn.Module):
@@ -109,10 +120,19 @@ class _RowTable(nn.Module):
 
 
 def _diagonal(latent: Latent, loc: Tensor, log_scale: Tensor, rows: int | None) -> None:
+    normal = dist.Normal(loc, log_scale.exp()).to_event(loc.dim() - latent.batch_dim)
+    identity = _is_identity(latent.transform)
     with latent.context(rows):
-        noise = dist.Normal(loc, log_scale.exp()).to_event(loc.dim() - latent.batch_dim)
-        unconstrained = pyro.sample(f"{latent.name}_unconstrained", noise, infer={"is_auxiliary": True})
-    latent.sample(unconstrained, rows)
+        name, infer = (latent.name, {}) if identity else (f"{latent.name}_unconstrained", {"is_auxiliary": True})
+        unconstrained = pyro.sample(name, normal, infer=infer)
+    if not identity:
+        latent.sample(unconstrained, rows)
+
+
+def _is_identity(transform: Transform) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 class _Automatic(nn.Module):
@@ -184,7 +204,8 @@ class _Joint(_Automatic):
         standard = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         noise = pyro.sample("_noise", standard, infer={"is_auxiliary": True})
         joint, log_det = self.bijection(noise)
-        pyro.sample("_joint", dist.Delta(joint, log_density=-log_det, event_dim=1), infer={"is_auxiliary": True})
+        infer = {"is_auxiliary": True, "is_change_of_variables": True}
+        pyro.sample("_joint", dist.Delta(joint, log_density=-log_det, event_dim=1), infer=infer)
         for latent, part in zip(self.shared, joint.split(self.sizes)):
             latent.sample(part.reshape(latent.start.shape))
 

@@ -111,48 +111,116 @@ def _describe(node: fx.Node) -> tuple[Any, ...]:
     return node.op, target, arguments
 
 
-_RANDOM_OR_MUTABLE = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "cauchy", "gamma", "dropout",
-                      "poisson", "geometric", "dirichlet", "binomial", "empty")  # fmt: skip
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "cauchy", "gamma", "dropout", "poisson",
+           "geometric", "dirichlet", "binomial", "empty")  # fmt: skip
+_FILLS = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones", "aten::new_full")
 
 
-def _is_constant_op(node: fx.Node) -> bool:
+def _pure(node: fx.Node) -> bool:
+    """Whether a node is an operation without side effect, chance, or undefined memory."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    name = node.target.name()
-    if node.target._schema.is_mutable:
-        return False
-    return not any(word in name for word in _RANDOM_OR_MUTABLE)
+    return not node.target._schema.is_mutable and not any(word in node.target.name() for word in _RANDOM)
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:
-    """Drop aliases without meaning outside autograd, and compute what depends on no input once."""
-    aten = torch.ops.aten
-    written = _written_roots(graph)
-    constant: dict[fx.Node, Any] = {}
-    for node in list(graph.graph.nodes):
-        if node.op == "get_attr":
-            constant[node] = getattr(graph, node.target)
-        elif node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-        elif _is_constant_op(node) and node not in written and all(n in constant for n in node.all_input_nodes):
-            args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, constant.__getitem__, (node.args, node.kwargs))
-            value = node.target(*args, **kwargs)
-            if isinstance(value, Tensor) and value.numel() <= 1 << 16:
-                constant[node] = value
-    _freeze(graph, constant)
+    """Drop what has no meaning outside autograd, compute what depends on no input once, and equal things once."""
+    written = _written(graph)
+    _drop_identities(graph, written)
+    _share_equal(graph, written)
+    _fold_constants(graph, written)
     graph.graph.eliminate_dead_code()
+    graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     return graph
 
 
-def _written_roots(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that some in-place operation writes to."""
-    written = set()
+def _written(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose memory some in-place operation changes, with all views of it and everything computed from inputs so changed."""
+    written: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            written.update(n for n in node.all_input_nodes)
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for target in value if isinstance(value, (list, tuple)) else [value]:
+                    _mark(target, written)
     return written
+
+
+def _mark(node: Any, written: set[fx.Node]) -> None:
+    while isinstance(node, fx.Node) and node not in written:
+        written.add(node)
+        view = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and (
+            node.target._schema.is_mutable or any(r.alias_info is not None for r in node.target._schema.returns))  # fmt: skip
+        if node.op == "placeholder":
+            written.update(node.users)
+        if not view or not node.args:
+            return
+        node = node.args[0]
+
+
+def _shape(node: Any) -> Any:
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return None if meta is None or not hasattr(meta, "shape") else (tuple(meta.shape), meta.dtype)
+
+
+def _same_value(node: fx.Node) -> bool:
+    """Whether a node is its first argument under another name."""
+    aten, args = torch.ops.aten, node.args
+    if node.target in (aten.detach.default, aten.alias.default):
+        return True
+    if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
+        return _shape(node) is not None and _shape(node) == _shape(args[0])
+    one = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.pow.Tensor_Scalar)
+    zero = (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar)
+    neutral = (node.target in one and args[1] == 1) or (node.target in zero and args[1] == 0)
+    return neutral and not isinstance(args[1], fx.Node) and _shape(node) is not None and _shape(node) == _shape(args[0])
+
+
+def _drop_identities(graph: fx.GraphModule, written: set[fx.Node]) -> None:
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node not in written and _same_value(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+
+
+def _share_equal(graph: fx.GraphModule, written: set[fx.Node]) -> None:
+    seen: dict[str, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if not _pure(node) or node in written or any(n in written for n in node.all_input_nodes):
+            continue
+        text = repr(_describe(node))
+        if text in seen:
+            node.replace_all_uses_with(seen[text])
+            graph.graph.erase_node(node)
+        else:
+            seen[text] = node
+
+
+def _fold_constants(graph: fx.GraphModule, written: set[fx.Node]) -> None:
+    constant: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            constant[node] = getattr(graph, node.target)
+        elif _pure(node) and node not in written:
+            value = _constant_value(node, constant)
+            if isinstance(value, Tensor) and value.numel() <= 1 << 16:
+                constant[node] = value
+    _freeze(graph, constant)
+
+
+def _constant_value(node: fx.Node, constant: dict[fx.Node, Any]) -> Any:
+    if all(n in constant for n in node.all_input_nodes):
+        args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, constant.__getitem__, (node.args, node.kwargs))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    meta = node.meta.get("tensor_meta")
+    if node.target.name().split(".")[0] in _FILLS and meta is not None:  # type: ignore[union-attr]
+        like = node.args[0].meta.get("val")  # type: ignore[union-attr]
+        if isinstance(like, Tensor):
+            args = (torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device), *node.args[1:])
+            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return None
 
 
 def _freeze(graph: fx.GraphModule, constant: dict[fx.Node, Any]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..contracts import Batch, Run, check_choice, check_positive
+from ..data.arrays import fingerprint
 from ..data.batches import Batches, key, step_keys
-from ..data.sources import fingerprint
 from ..programs import keyed_rng, rows_at, seed_generators
 from .callbacks import Callback
 from .capture import BackgroundCompile, CaptureRefused
