@@ -1,0 +1,33 @@
+"""Data: sources that read it, batches that order it, transforms that prepare it."""
+
+from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
+from .batches import Batches, chunks, epoch_order, key, permute, step_keys
+from .sources import Loaded, Split, digits, idx_folder, load
+from .transforms import Compose, Dequantize, Logit, Standardize, Transform, from_settings
+
+__all__ = [
+    "Batches",
+    "Compose",
+    "Dequantize",
+    "Loaded",
+    "Logit",
+    "Split",
+    "Standardize",
+    "Transform",
+    "as_batch",
+    "check_finite",
+    "chunks",
+    "digits",
+    "epoch_order",
+    "fingerprint",
+    "from_settings",
+    "idx_folder",
+    "key",
+    "load",
+    "map_tensors",
+    "num_rows",
+    "permute",
+    "rows",
+    "step_keys",
+    "to_device",
+]
