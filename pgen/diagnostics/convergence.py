@@ -70,7 +70,7 @@ def plateau(run: Run) -> Plateau:
     kept = np.isfinite(loss[window])
     if kept.sum() < _MIN_ENTRIES:
         raise ValueError(
-            f"`run.history` has {len(loss)} logged steps, {int(kept.sum())} finite ones in its last half; 40 are needed"
+            f"`run.history` should have 40 finite losses in its last half, got {int(kept.sum())} of {len(loss)} steps logged"
         )
     rate, error, blocks = _rate(loss[window][kept], steps[window][kept])
     half = _student(blocks - 2) * error

@@ -18,7 +18,7 @@ from pgen.contracts import Draws, Run
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["to_datatree", "why_unweighted"]
+__all__ = ["check_predictive", "to_datatree", "why_unweighted"]
 
 _CHAIN_DRAW = ["chain", "draw"]
 
@@ -46,11 +46,12 @@ def to_datatree(
         attrs: Further attributes of the tree.
 
     Raises:
-        ValueError: If a coordinate's length does not match its dim (from xarray).
+        ValueError: If replicates do not have the shape of the observed site, or a coordinate not the length of its dim.
     """
     import arviz_base
     import xarray as xr
 
+    check_predictive(draws, predictive or {})
     groups = {
         "posterior": {name: _sampled(value) for name, value in draws.values.items()},
         "sample_stats": _sample_stats(draws),
@@ -71,6 +72,15 @@ def to_datatree(
     if run is not None and run.history:
         tree["svi_history"] = xr.DataTree(_history(run))
     return tree
+
+
+def check_predictive(draws: Draws, predictive: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless replicates of an observed site have its shape behind the draw axis."""
+    for name, value in predictive.items():
+        want = tuple(draws.observed[name].shape) if name in draws.observed else tuple(value.shape[1:])
+        if tuple(value.shape[1:]) != want:
+            shape = ", ".join(map(str, want))
+            raise ValueError(f"`predictive[{name!r}]` should have shape (S, {shape}), as observed, got {tuple(value.shape)}")
 
 
 def why_unweighted(draws: Draws) -> str:

@@ -356,6 +356,7 @@ def summarise_with(
 
     weight = np.exp(fitted.log_weight_smoothed)
     good = fitted.status.isin(MEASURABLE) if masked else fitted.status != "non_finite"
+    unmasked = xr.DataArray(np.isin(statistics, ("khat", "mean_q", "sd_q")), dims="statistic")  # these need no weights
     columns = {}
     for name in _names(posterior, var_names):
         site = posterior[name].transpose("chain", "draw", *weight.dims[2:], ...)
@@ -367,7 +368,7 @@ def summarise_with(
             khat = np.reshape(fitted.khat.to_numpy(), w.shape[1:])
             found["khat"] = np.fmax(khat, found["khat"])
         stacked = xr.DataArray(np.stack([found[key] for key in statistics]), dims=("statistic", *rest))
-        columns[name] = stacked.where(good | xr.DataArray(np.array(statistics) == "khat", dims="statistic"))
+        columns[name] = stacked.where(good | unmasked)
         columns[name] = columns[name].transpose("statistic", *rest)
     coords = {name: coord for name, coord in posterior.coords.items() if name not in ("chain", "draw")}
     dataset = xr.Dataset(columns, coords={**coords, "statistic": list(statistics)})

@@ -38,7 +38,7 @@ def ppc(idata: Any, statistics: Sequence[str] | Mapping[str, Statistic] = ("mean
         the dim ``draw`` besides, in the units of each statistic.
 
     Raises:
-        ValueError: If a site has no replicates of its shape, or has NaN.
+        ValueError: If no observed site has replicates, or one has NaN.
 
     References:
         Gelman, Meng, Stern (1996), Statistica Sinica 6; Meng (1994), Annals of Statistics 22(3).
@@ -78,10 +78,6 @@ def _pair(idata: Any, site: str) -> tuple[np.ndarray, np.ndarray]:
     """The observed values, flat, and their replicates, one flat data set a row; float64."""
     observed = idata["observed_data"][site].to_numpy()
     draws = idata["posterior_predictive"][site].to_numpy()
-    if draws.shape[2:] != observed.shape:
-        raise ValueError(f"replicates of {site!r} should have shape (chain, draw, *{observed.shape}), got {draws.shape}")
-    if np.isnan(observed).any():
-        raise ValueError(
-            f"observed {site!r} has {int(np.isnan(observed).sum())} NaN: compare the finite part with your own statistics"
-        )
+    if missing := int(np.isnan(observed).sum()):
+        raise ValueError(f"observed {site!r} has {missing} NaN, with which nothing compares: leave them out, or mask the site")
     return observed.reshape(-1).astype(np.float64), draws.reshape(-1, observed.size).astype(np.float64)

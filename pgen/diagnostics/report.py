@@ -18,7 +18,7 @@ from torch import Tensor
 from pgen.contracts import Batch, Draws, Run, check_choice, check_positive
 
 from .claims import CLAIMS, EXPECTED_ERRORS, Claim, Evidence, Limits, describe, judge, overall, parameter_table
-from .convert import to_datatree, why_unweighted
+from .convert import check_predictive, to_datatree, why_unweighted
 from .importance import psis
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _gather(
         wanted = num_samples or _default_draws(probe, shown)
         evidence.draws = _attempt(evidence, "draw", lambda: model.draw(data, num_samples=wanted, seed=seed))
         about += [f"{wanted} draws", *_data_words(shown, total)]
-    replicates = _attempt(evidence, "predict", lambda: _predict(model, data, probe, seed))
+    replicates = _attempt(evidence, "predict", lambda: _predict(model, data, evidence.draws, seed))
     if evidence.draws is not None:
         draws = evidence.draws
         evidence.tree = tree = _attempt(evidence, "draw", lambda: to_datatree(draws, predictive=replicates, run=evidence.run))
@@ -286,10 +286,13 @@ def _default_draws(probe: Draws, shown: int) -> int:
     return int(min(_DRAWS, max(200, _MAX_ELEMENTS // max(size, 1))))
 
 
-def _predict(model: Fitted, data: Any, probe: Draws | None, seed: int) -> dict[str, Tensor]:
-    size = sum(value.numel() for value in probe.observed.values()) if probe is not None else 0
+def _predict(model: Fitted, data: Any, draws: Draws | None, seed: int) -> dict[str, Tensor]:
+    size = sum(value.numel() for value in draws.observed.values()) if draws is not None else 0
     count = int(min(1000, max(50, _MAX_REPLICATED // max(size, 1))))
-    return model.predict(data, num_samples=count, seed=seed + 1)
+    replicates = model.predict(data, num_samples=count, seed=seed + 1)
+    if draws is not None:
+        check_predictive(draws, replicates)
+    return replicates
 
 
 def _smooth(draws: Draws, tree: Any) -> Any:

@@ -69,7 +69,7 @@ class GaussianFit:
         z = z.to(self.dtype)
         p = MultivariateNormal(self.p_mean.to(self.dtype), self.p_cov.to(self.dtype), validate_args=False)
         q = MultivariateNormal(self.q_mean.to(self.dtype), self.q_cov.to(self.dtype), validate_args=False)
-        log_p = p.log_prob(z).double() - 7.25
+        log_p = (p.log_prob(z) - 7.25).double()  # rounded as the dtype rounds
         observed = {"y": self.observed}
         likelihood = {"y": torch.zeros(num_samples, len(self.observed), dtype=torch.float64)}
         draws = make_draws({"z": z}, log_p, q.log_prob(z), observed=observed, log_likelihood=likelihood)
@@ -94,7 +94,7 @@ def mean_field_fit(rho, **fields):
 
 
 class PPCAFit:
-    """x = W z + noise of variance 1/4; guide N(M^-1 W'x, I / 14), the best independent one. Every latent belongs to one datum."""
+    """x = W z + noise of variance 1/4; guide N(M^-1 W x, I / 14), the best independent one; each datum has its own z."""
 
     last_run = None
 
