@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 __all__ = [
@@ -50,7 +49,8 @@ class NotAvailable(NotImplementedError):
 class Program(Protocol):
     """A Pyro program: any callable that makes ``pyro.sample`` statements."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
 
 
 @runtime_checkable
@@ -59,7 +59,8 @@ class DataSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Tensor) -> Batch: ...
+    def rows(self, indices: Tensor) -> Batch:
+        """The rows at ``indices``, in that order."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,9 @@ class Run:
         error = f" ± {self.validation['std_error'][-1]:.3f}" if where == "validation" else ""
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
+        total = f"N = {self.num_data}, in all {self.bound * self.num_data:.2f}"
         return (
-            f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}, in all {self.bound * self.num_data:.2f})\n"
+            f"{where} bound {self.bound:.3f}{error} nats a datum ({total})\n"
             f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"
             f"stopped: {self.stopped}"
         )
@@ -218,6 +220,7 @@ class Draws:
 
     @property
     def num_samples(self) -> int:
+        """The number of draws S."""
         return len(self.log_p)
 
     @property

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -102,7 +102,7 @@ class _RowTable(nn.Module):
 
     def __init__(self, latent: Latent, num_data: int) -> None:
         super().__init__()
-        row = latent.start.movedim(latent.row_axis, 0).double().mean(0).to(latent.start.dtype)  # type: ignore[arg-type]
+        row = latent.start.movedim(cast(int, latent.row_axis), 0).double().mean(0).to(latent.start.dtype)
         self.latent = latent
         self.loc = nn.Parameter(row.expand(num_data, *row.shape).clone())
         self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(INITIAL_SCALE)))
@@ -115,7 +115,7 @@ class _RowTable(nn.Module):
                 f"{rows} other rows; an amortized guide (a function of the data) can answer for new data"
             )
         loc, log_scale = (self.loc, self.log_scale) if index is None else (self.loc[index], self.log_scale[index])
-        loc, log_scale = (t.movedim(0, self.latent.row_axis) for t in (loc, log_scale))
+        loc, log_scale = (t.movedim(0, cast(int, self.latent.row_axis)) for t in (loc, log_scale))
         _diagonal(self.latent, loc, log_scale, len(self.loc) if index is None else len(index))
 
 

@@ -111,13 +111,13 @@ class Autoencoder(GenerativeModel):
         """Codes, ``(N, latent_dim)``."""
         batch = self._batch("x", x, context)
         with torch.no_grad():
-            return self.code(self.prepare(batch)["x"])  # type: ignore[call-overload,index]
+            return self.code(self._prepared(batch)[0]["x"])
 
     def reconstruct(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
         """g(f(x)) in the units of the data."""
         batch = self._batch("x", x, context)
         with torch.no_grad():
-            out = self.model(self.prepare(batch)["x"])  # type: ignore[call-overload,index]
+            out = self.model(self._prepared(batch)[0]["x"])
             return out if self.preprocess is None else self.preprocess.inverse(out)
 
     def _refuse(self, question: str) -> NoReturn:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -84,13 +84,13 @@ class VAE(GenerativeModel):
     def prime(self, data: Batch) -> None:
         """Start the decoder's output at the mean of the training data."""
         with torch.no_grad():
-            x = self.prepare(data)["x"]  # type: ignore[call-overload,index]
-            self.decoder[-1].bias.copy_(self.observation.start(x))  # type: ignore[union-attr,operator]
+            x = self._prepared(data)[0]["x"]
+            cast(nn.Linear, self.decoder[-1]).bias.copy_(self.observation.start(x))
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """p(x, z | c)."""
         with self.plate(x, context):
-            zero = self.decoder[0].weight.new_zeros(self.latent_dim)
+            zero = next(self.decoder.parameters()).new_zeros(self.latent_dim)
             z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
             return pyro.sample("x", self.observation.distribution(self.decoder(_with(z, context))), obs=x)
 

@@ -28,9 +28,11 @@ class Objective(Protocol):
 
     def __call__(
         self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, scalars: Scalars
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss in nats a datum, and metrics."""
 
-    def rows(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def rows(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each datum's bound ``(B,)``, and the part that all data share ``()``."""
 
 
 @dataclass(frozen=True)

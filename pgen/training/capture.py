@@ -31,7 +31,7 @@ class CaptureRefused(Exception):
 class _NoEscape(TorchFunctionMode):
     """Refuses to hand tensor values to NumPy, where the graph would lose sight of them."""
 
-    _ESCAPES = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
+    _ESCAPES: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._ESCAPES:
@@ -40,10 +40,7 @@ class _NoEscape(TorchFunctionMode):
 
 
 def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    python_state, numpy_state = (
-        random.getstate(),
-        np.random.get_state()[1].copy(),
-    )  # type: ignore[index,union-attr]
+    python_state, numpy_state = random.getstate(), _numpy_state()
     try:
         with _NoEscape():
             graph = make_fx(fn)(*inputs)
@@ -51,9 +48,14 @@ def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
         raise
     except Exception as error:
         raise CaptureRefused(_reason(error)) from error
-    if random.getstate() != python_state or not np.array_equal(np.random.get_state()[1], numpy_state):  # type: ignore[index]
+    if random.getstate() != python_state or _numpy_state() != numpy_state:
         raise CaptureRefused("the program draws from Python's or NumPy's random numbers")
     return graph
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()
+    return state[0], state[1].tobytes(), *state[2:]
 
 
 def _reason(error: Exception) -> str:
@@ -116,11 +118,17 @@ _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential
 _FILLS = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones", "aten::new_full")
 
 
-def _pure(node: fx.Node) -> bool:
+def _is_operation(node: Any) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def _schema(node: Any) -> Any:
+    return node.target._schema
+
+
+def _pure(node: Any) -> bool:
     """Whether a node is an operation without side effect, chance, or undefined memory."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return not node.target._schema.is_mutable and not any(word in node.target.name() for word in _RANDOM)
+    return _is_operation(node) and not (node.target._schema.is_mutable or any(word in node.target.name() for word in _RANDOM))
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:
@@ -136,10 +144,10 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _written(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose memory some in-place operation changes, with all views of it and everything computed from inputs so changed."""
+    """Nodes whose memory an in-place operation changes, with what it is a view of; users of inputs so changed too."""
     written: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        if not _is_operation(node) or not node.target._schema.is_mutable:
             continue
         for argument, value in zip(node.target._schema.arguments, node.args):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -151,8 +159,7 @@ def _written(graph: fx.GraphModule) -> set[fx.Node]:
 def _mark(node: Any, written: set[fx.Node]) -> None:
     while isinstance(node, fx.Node) and node not in written:
         written.add(node)
-        view = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and (
-            node.target._schema.is_mutable or any(r.alias_info is not None for r in node.target._schema.returns))  # fmt: skip
+        view = _is_operation(node) and any(r.alias_info is not None for r in _schema(node).returns)
         if node.op == "placeholder":
             written.update(node.users)
         if not view or not node.args:
@@ -165,7 +172,7 @@ def _shape(node: Any) -> Any:
     return None if meta is None or not hasattr(meta, "shape") else (tuple(meta.shape), meta.dtype)
 
 
-def _same_value(node: fx.Node) -> bool:
+def _same_value(node: Any) -> bool:
     """Whether a node is its first argument under another name."""
     aten, args = torch.ops.aten, node.args
     if node.target in (aten.detach.default, aten.alias.default):
@@ -174,8 +181,9 @@ def _same_value(node: fx.Node) -> bool:
         return _shape(node) is not None and _shape(node) == _shape(args[0])
     one = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.pow.Tensor_Scalar)
     zero = (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar)
-    neutral = (node.target in one and args[1] == 1) or (node.target in zero and args[1] == 0)
-    return neutral and not isinstance(args[1], fx.Node) and _shape(node) is not None and _shape(node) == _shape(args[0])
+    if node.target not in one + zero or isinstance(args[1], (fx.Node, Tensor)) or args[1] != (node.target in one):
+        return False
+    return _shape(node) is not None and _shape(node) == _shape(args[0])
 
 
 def _drop_identities(graph: fx.GraphModule, written: set[fx.Node]) -> None:
@@ -210,16 +218,16 @@ def _fold_constants(graph: fx.GraphModule, written: set[fx.Node]) -> None:
     _freeze(graph, constant)
 
 
-def _constant_value(node: fx.Node, constant: dict[fx.Node, Any]) -> Any:
+def _constant_value(node: Any, constant: dict[fx.Node, Any]) -> Any:
     if all(n in constant for n in node.all_input_nodes):
         args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, constant.__getitem__, (node.args, node.kwargs))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     meta = node.meta.get("tensor_meta")
-    if node.target.name().split(".")[0] in _FILLS and meta is not None:  # type: ignore[union-attr]
-        like = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    if node.target.name().split(".")[0] in _FILLS and meta is not None:
+        like = node.args[0].meta.get("val")
         if isinstance(like, Tensor):
             args = (torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device), *node.args[1:])
-            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+            return node.target(*args, **node.kwargs)
     return None
 
 
@@ -240,7 +248,7 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunc
     from torch._inductor.compile_fx import compile_fx
 
     with config.patch(fallback_random=True), torch.no_grad():
-        compiled = compile_fx(graph, list(inputs))
+        compiled: Any = compile_fx(graph, list(inputs))
         return lambda *args: compiled(*args)
 
 

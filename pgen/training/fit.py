@@ -554,11 +554,11 @@ class _Trainer:
         due = self.done % self.plan.validate_every == 0 or self.done == self.plan.steps
         if self.validation is None or not due:
             return ""
-        bound, error = self._validate()
-        for name, value in zip(("step", "bound", "std_error"), (self.done, bound, error)):
-            self.log.validation[name].append(value)
+        bound, std_error = self._validate()
+        for name, value in zip(("step", "bound", "std_error"), (self.done, bound, std_error)):
+            self.log.validation[name].append(float(value))
         for callback in self.callbacks:
-            callback.on_validation(self.done, bound, error)
+            callback.on_validation(self.done, bound, std_error)
         return self._judge(bound)
 
     def _judge(self, bound: float) -> str:
