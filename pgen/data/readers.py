@@ -80,7 +80,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except PermissionError:
         raise
     except _DAMAGE as error:
-        if kind.startswith(".np") and "object" in str(error):
+        if kind.startswith(".np") and "object" in str(error).lower():
             raise ValueError(f"{path}: holds pickled objects, which are never loaded; save plain arrays of numbers") from None
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise ValueError(f"{path}: damaged, or no {kind} file ({reason})") from None
@@ -103,7 +103,7 @@ def _read_npy(path: Path, columns: Sequence[str] | None) -> _Read:
 
 
 def _read_npz(path: Path, columns: Sequence[str] | None) -> _Read:
-    with _reading(path, ".npz"), np.load(path, allow_pickle=False) as archive:
+    with _reading(path, ".npz"), open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         names = list(archive.files)
         wanted = names if columns is None else [names[i] for i in _choose(names, columns, "array")]
         arrays = {name: archive[name] for name in wanted}
