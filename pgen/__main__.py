@@ -1,0 +1,5 @@
+"""``python -m pgen`` is ``pgen``."""
+
+from pgen.cli import main
+
+main()

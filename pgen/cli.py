@@ -1,0 +1,411 @@
+r"""The command line: it parses, calls and prints; everything else is the library's.
+
+Exit codes: 0 done; 1 ``diagnose`` found a problem; 2 bad input, told in one line on standard error; 70 a defect of pgen, with
+its traceback; 130 interrupted (Ctrl-C) and 143 terminated, after saving what there is.
+
+With ``--json`` a command prints exactly one JSON object on standard output; progress, warnings and whatever a user's own
+program prints go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import pgen
+from pgen import runs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from pgen.contracts import Batch
+
+__all__ = ["main", "run"]
+
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base of its errors, which typer brings under a changing address
+_signals: list[int] = []  # received since `run` began
+
+app = typer.Typer(
+    name="pgen",
+    help="Fit generative models, question them, and judge them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `pgen fit` wrote.")]
+DataName = Annotated[str, typer.Argument(metavar="DATA", help="A file (csv, npy, npz, parquet) or a bundled set: `digits`.")]
+Programs = Annotated[
+    list[str] | None,
+    typer.Option("--program", metavar="FILE.py:NAME", help="Your own model, and once more for its guide, if RUN is of one."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Keys every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+
+
+@dataclass
+class Result:
+    """What a command has to say: to programs, to people, and to the shell."""
+
+    data: dict[str, Any]
+    show: Callable[[Console], None]
+    code: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, print its result, return its exit code."""
+    as_json, stdout = "--json" in arguments, sys.stdout
+    try:
+        with _terminable(), contextlib.redirect_stdout(sys.stderr if as_json else stdout):
+            result = app(list(arguments), prog_name="pgen", standalone_mode=False)
+    except Exception as error:
+        return _failed(error, arguments, as_json)
+    if not isinstance(result, Result):  # help was shown, or an interrupt came where there was nothing to save
+        return 143 if signal.SIGTERM in _signals else int(result or 0)
+    try:
+        if as_json:
+            print(json.dumps(runs.plain(result.data), allow_nan=False), file=stdout, flush=True)
+        else:
+            result.show(_console())
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    return result.code
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fit(
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA | FILE.py:MODEL [FILE.py:GUIDE]", help="Data for a family, or a program of your own."),
+    ],
+    model: Annotated[str | None, typer.Option("--model", help="The family; see `pgen models`.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data for a program of your own.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write: the model, run.json, pictures.")] = Path("run"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in that folder.")] = False,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of Adam.")] = None,
+    latent_dim: Annotated[int | None, typer.Option("--latent-dim", help="Latent dimensions.")] = None,
+    likelihood: Annotated[
+        str | None, typer.Option("--likelihood", help="bernoulli, categorical or gaussian; left out, the data decide.")
+    ] = None,
+    guide: Annotated[str | None, typer.Option("--guide", help="For your own model: mean_field, full_rank or flow.")] = None,
+    compile: Annotated[str, typer.Option("--compile", help="auto, eager, graph or compiled.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
+    as_json: Json = False,
+) -> Result:
+    """Fit a family to data, or a Pyro program of your own."""
+    _check_out(out, overwrite)
+    if ".py:" in source[0]:
+        _refuse("a program of your own", {"--model": model, "--latent-dim": latent_dim, "--likelihood": likelihood})
+        subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
+    else:
+        _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
+        subject = runs.Subject.family(source[0], model, {"latent_dim": latent_dim, "likelihood": likelihood}, seed)
+    fitted = subject.model.fit(
+        subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
+        seed=seed, compile=compile, device=device, progress=not quiet,
+    )  # fmt: skip
+    code = 0
+    if fitted.stopped.startswith("interrupted"):
+        code = 143 if signal.SIGTERM in _signals else 130
+        fitted.stopped = fitted.stopped.replace("Ctrl-C", "SIGTERM") if code == 143 else fitted.stopped
+    record = runs.save_run(out, subject, fitted)
+    return Result({"command": "fit", **record}, lambda console: None if quiet else _show_record(console, record), code)
+
+
+@app.command()
+def sample(
+    folder: Folder,
+    num: Annotated[int, typer.Option("-n", "--num", help="How many.")] = 64,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw them here; RUN/samples.png if no file is named.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write them here, as .npy or .csv.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="For your own program: the data that it is given.")] = None,
+    program: Programs = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> Result:
+    """Draw new data from a fitted model; for a program of your own, replicates of its data."""
+    fitted, record = runs.open_run(folder, program)
+    if "file" in record["model"]:
+        x = _replicates(fitted, runs.batch(_required(data, "--data", "replicates"), record), num, seed)
+    else:
+        _refuse("a family", {"--data": data})
+        x = fitted.sample(num, seed=seed)
+    png = folder / "samples.png" if png is None and out is None else png
+    columns = record["data"].get("columns") if "family" in record["model"] else None
+    if out is not None:
+        _write_rows(out, x, columns)
+    if png is not None:
+        pgen.plots.save(pgen.plots.sample_grid(x, names=columns), png)
+    files = [str(path) for path in (png, out) if path is not None]
+    result = {"command": "sample", "num": num, "shape": list(x.shape), "seed": seed, "files": files}
+    return Result(
+        result, lambda console: _facts(console, {"samples": f"{num} of shape {tuple(x.shape[1:])}", "written": files})
+    )
+
+
+@app.command()
+def score(
+    folder: Folder,
+    data: DataName,
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Latent draws a datum, where there are latents.")] = 100,
+    out: Annotated[Path | None, typer.Option("--out", help="Write each datum's number, as .npy or .csv.")] = None,
+    program: Programs = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> Result:
+    """Log-density of data under a fitted model: exact, or a bound that says so."""
+    fitted, record = runs.open_run(folder, program)
+    scored = fitted.log_prob(runs.batch(data, record), num_samples=num_samples, seed=seed)
+    if out is not None:
+        _write_rows(out, scored.value, ["log_prob_nats"])
+    names = ("kind", "mean", "std_error", "total", "bits_per_dim", "event_size", "num_samples")
+    result = {"command": "score", "data": data, **{name: getattr(scored, name) for name in names}, "num_data": len(scored)}
+    result["files"] = [str(out)] if out else []
+    return Result(
+        result, lambda console: _facts(console, {"data": data, "log-density": str(scored), "written": result["files"]})
+    )
+
+
+@app.command()
+def diagnose(
+    folder: Folder,
+    data: DataName,
+    level: Annotated[str, typer.Option("--level", help="quick, standard or thorough.")] = "quick",
+    html: Annotated[bool, typer.Option("--html", help="Write RUN/report.html too.")] = False,
+    program: Programs = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> Result:
+    """Judge a fitted model on its data: what is supported, contradicted, undecided, not measured. Exit code 1: a problem."""
+    from pgen import diagnostics
+
+    fitted, record = runs.open_run(folder, program)
+    report = diagnostics.report(fitted, runs.batch(data, record), level=level, seed=seed)
+    files = [str(report.to_html(folder / runs.REPORT))] if html else []
+    result = {"command": "diagnose", "data": data, **report.to_dict(), "files": files}
+
+    def show(console: Console) -> None:
+        console.print(str(report))
+        _facts(console, {"written": files})
+
+    return Result(result, show, int(report.overall.startswith("problem found")))
+
+
+@app.command()
+def info(folder: Folder, as_json: Json = False) -> Result:
+    """What a run folder holds, its model file checked against its digest."""
+    from pgen import files
+
+    record = runs.read_record(folder)
+    files.read_metadata(folder / runs.MODEL)
+    record = {name: value for name, value in record.items() if name not in ("history", "validation")}
+    known = (runs.MODEL, runs.RECORD, *runs.PICTURES, runs.REPORT)
+    record |= {"out": str(folder), "files": [name for name in known if (folder / name).exists()]}
+    return Result({"command": "info", **record}, lambda console: _show_record(console, record))
+
+
+@app.command()
+def models(as_json: Json = False) -> Result:
+    """The families that `pgen fit --model` knows."""
+    rows: list[dict[str, Any]] = [
+        {
+            "model": name,
+            "what": (inspect.getdoc(family) or "").split("\n")[0],
+            "settings": [p for p in inspect.signature(family).parameters if p not in ("event_shape", "preprocess")],
+        }
+        for name, family in sorted(pgen.models.REGISTRY.items())
+    ]
+    cells = [[row["model"], row["what"], ", ".join(row["settings"])] for row in rows]
+    return Result({"command": "models", "models": rows}, lambda console: _table(console, ["model", "what", "settings"], cells))
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------------
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if (out / runs.MODEL).exists() and not overwrite:
+        raise ValueError(f"{out} already holds a fit; name another folder with --out, or add --overwrite")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder")
+
+
+def _replicates(pair: Any, batch: Batch, num: int, seed: int) -> Tensor:
+    sites = pair.predict(batch, num, seed=seed)
+    if len(sites) != 1:
+        raise ValueError(
+            f"the program observes {', '.join(sites) or 'nothing'}; `pgen sample` writes one observed site: use Pair.predict"
+        )
+    return next(iter(sites.values()))
+
+
+def _write_rows(path: Path, x: Tensor, columns: Sequence[str] | None) -> None:
+    import numpy as np
+
+    rows = x.detach().cpu().numpy()
+    if path.suffix == ".npy":
+        np.save(path, rows, allow_pickle=False)
+    elif path.suffix == ".csv":
+        flat = rows.reshape(len(rows), -1)
+        names = columns or [f"x{i}" for i in range(flat.shape[1])]
+        np.savetxt(path, flat, fmt="%.9g", delimiter=",", header=",".join(names), comments="")
+    else:
+        raise ValueError(f"--out should end in .npy or .csv, got {str(path)!r}")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------------
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    """Options that do not go with what is fitted are refused, not ignored."""
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option} does not go with {what}; leave it out")
+
+
+def _required(value: str | None, option: str, what: str) -> str:
+    if value is None:
+        raise ValueError(f"{option} is missing: {what} needs data")
+    return value
+
+
+def _failed(error: Exception, arguments: Sequence[str], as_json: bool) -> int:
+    """Tell an error: in one line where it is the input's, with a traceback where it is ours."""
+    line = _one_line(error, arguments)
+    if line is None:
+        traceback.print_exception(error)
+        line = f"this is a defect of pgen, please report it: {type(error).__name__}: {error}"
+        code = 70
+    else:
+        code = 2
+    print(f"error: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": line}))
+    return code
+
+
+def _one_line(error: Exception, arguments: Sequence[str]) -> str | None:
+    """What is wrong with the input, and where in the user's own file; None if it is not the input."""
+    if isinstance(error, _CLICK_ERROR):
+        return " ".join(error.format_message().split())
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = (ValueError, TypeError, OSError, ImportError, FloatingPointError, pgen.NotAvailable)
+    named = [Path(argument.rpartition(":")[0]) for argument in arguments if ".py:" in argument]
+    own = {file.resolve(): file for file in named}
+    place = _place(error, own)
+    if place:
+        return f"{place}: {text}" if isinstance(error, ValueError) else f"{place}: {type(error).__name__}: {text}"
+    return text if isinstance(error, known) else None
+
+
+def _place(error: BaseException | None, own: dict[Path, Path]) -> str:
+    """FILE:LINE of the innermost frame in one of the user's own files, as they spelled it."""
+    while error is not None:
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError) and error.filename:
+            frames.append((error.filename, error.lineno))
+        for name, line in reversed(frames):
+            if Path(name).resolve() in own:
+                return f"{own[Path(name).resolve()]}:{line}"
+        error = error.__cause__
+    return ""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: a fit stops after the step at hand and is saved; a second one ends at once."""
+    _signals.clear()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        _signals.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: signals are the host program's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with rules on a terminal, aligned plain text elsewhere."""
+    if not console.is_terminal:
+        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        for row in (header, *rows) if any(header) else rows:
+            console.print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=box.SIMPLE_HEAD, show_header=any(header), header_style="bold")
+    for first, *others in rows:
+        table.add_row(Text(first, style="cyan"), *map(Text, others))
+    console.print(table, soft_wrap=False)
+
+
+def _facts(console: Console, facts: dict[str, Any]) -> None:
+    """Names and values; empty ones are left out."""
+    words = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in facts.items() if value}
+    if words:
+        _table(console, ("", ""), list(words.items()))
+
+
+def _show_record(console: Console, record: dict[str, Any]) -> None:
+    model, data, done = record["model"], record["data"], record["run"]
+    shape = "" if data["shape"] is None else f"of shape {tuple(data['shape'])}"
+    program = f"{model.get('file')}:{', '.join(model.get('names', ()))} {model.get('guide') or ''}"
+    settings = ", ".join(f"{name}={value}" for name, value in model.get("settings", {}).items() if value is not None)
+    error = f" ± {done['bound_std_error']:.3f}" if done["bound_std_error"] is not None else ""
+    held = f", {data['validation']} held out" if data["validation"] else ""
+    prepared = "".join(f", {name.replace('_', ' ')} {value}" for name, value in data.get("prepared", {}).items())
+    facts = {
+        "model": f"{model['family']} ({settings})" if "family" in model else program.strip(),
+        "data": f"{data['source']}: {data['train']} {shape}{held}{prepared.replace(' True', '')}",
+        "bound": f"{done['bound']:.3f}{error} nats a datum ({done['bound_of']})",
+        "training": f"{done['steps']} steps, {done['epochs']:.1f} epochs, {done['seconds']:.1f} s, seed {done['seed']}",
+        "stopped": done["stopped"],
+        "execution": done["tier"] + (f" ({done['tier_reason']})" if done["tier_reason"] else ""),
+        "skipped": f"{done['skipped']} steps that were not finite" if done["skipped"] else "",
+        "folder": f"{record['out']}: {', '.join(record['files'])}",
+    }
+    _facts(console, facts | {f"no {name}": reason for name, reason in record.get("not_drawn", {}).items()})

@@ -1,0 +1,469 @@
+r"""Fits from the command line: what is fitted, and the folder that it leaves behind.
+
+The folder holds a model file, ``run.json`` and pictures. ``run.json`` is a record for people and programs; nothing in it is
+ever executed. A program of the user's own is recorded by its file's name and digest, and its code is loaded only where the
+user names the file again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pgen
+from pgen.contracts import Batch, Run, check_choice, nearest
+from pgen.data import Loaded
+
+__all__ = [
+    "MODEL",
+    "PICTURES",
+    "RECORD",
+    "REPORT",
+    "Program",
+    "Subject",
+    "batch",
+    "open_run",
+    "plain",
+    "read_record",
+    "save_run",
+]
+
+MODEL, RECORD, REPORT = "model.pgen", "run.json", "report.html"
+PICTURES = ("bound.png", "samples.png", "reconstructions.png", "latent.png")
+SCHEMA = 1
+VALIDATION_SHARE = 0.1
+"""Of data without a split of their own, drawn by the seed: held out while a family is fitted."""
+SPLITS = {"digits": pgen.data.digits}
+"""Bundled sets that are split: bare names are fitted on ``:train`` and ``:validation`` and judged on ``:test``."""
+_PARTS = ("train", "validation", "test")
+_LEVELS = (17, 256)  # of grey images given in [0, 1]
+_MAX_RECORD = 64 * 2**20  # bytes
+_MAX_HISTORY = 2000  # entries of the recorded history: means of equal stretches beyond that
+
+
+# --- a program of the user's own -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Pyro program of the user's own, loaded from the file that they named.
+
+    Attributes:
+        file: The Python file.
+        names: Of the model, and of the guide if there is one, in that file.
+        functions: The callables themselves, in the same order.
+        sha256: Digest of the file's text.
+    """
+
+    file: Path
+    names: tuple[str, ...]
+    functions: tuple[Callable[..., Any], ...]
+    sha256: str
+
+    @classmethod
+    def load(cls, specs: Sequence[str]) -> Program:
+        """Run the file in ``FILE.py:MODEL [FILE.py:GUIDE]`` and pick the callables out.
+
+        Raises:
+            ValueError: If a specification is malformed, the files differ, or a name is missing or no callable.
+        """
+        parts = [spec.rpartition(":") for spec in specs]
+        files = {file for file, _, _ in parts}
+        if len(specs) not in (1, 2) or len(files) != 1 or not all(f.endswith(".py") and n.isidentifier() for f, _, n in parts):
+            raise ValueError(f"a program is named FILE.py:MODEL [FILE.py:GUIDE], both from one file; got {' '.join(specs)}")
+        file = Path(files.pop())
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file")
+        names = tuple(name for _, _, name in parts)
+        module = _import(file)
+        return cls(file, names, tuple(_pick(module, file, name) for name in names), _digest(file))
+
+    def pair(self, rung: str | None) -> pgen.Pair:
+        """The program with its own guide, else with an automatic one."""
+        return pgen.Pair(self.functions[0], self.functions[1] if len(self.functions) > 1 else rung)
+
+    def describe(self) -> dict[str, Any]:
+        """What ``run.json`` keeps: names and a digest, no code."""
+        return {"file": str(self.file), "names": list(self.names), "sha256": self.sha256}
+
+
+def _import(file: Path) -> ModuleType:
+    """Run ``file`` as a module, with its own folder importable, as ``python FILE`` would."""
+    name = f"pgen_program_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules[name] = module  # dataclasses and forward references look a class's module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _pick(module: ModuleType, file: Path, name: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
+        raise ValueError(f"{file} has no callable {name!r}{nearest(name, known)}")
+    return function
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# --- what is fitted --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A model about to be fitted, its data, and what the record says of both.
+
+    Attributes:
+        model: A family or a ``Pair``.
+        train: The data to fit.
+        validation: Held-out data; None for a program of the user's own.
+        labels: Classes of ``train`` where the source has them.
+        about: The parts ``model`` and ``data`` of the record.
+    """
+
+    model: Any
+    train: Any
+    validation: Tensor | None
+    labels: Tensor | None
+    about: dict[str, dict[str, Any]]
+
+    @classmethod
+    def family(cls, source: str, name: str | None, settings: dict[str, Any], seed: int) -> Subject:
+        """A family for the data in ``source``, with held-out data beside it.
+
+        Args:
+            source: A file or the name of a bundled set.
+            name: Of the family.
+            settings: ``latent_dim`` and ``likelihood``; None where the data and the family decide.
+            seed: Keys the initial parameters and what is held out.
+        """
+        families = pgen.models.REGISTRY
+        if name is None:
+            raise ValueError(f"--model is missing: name a family{nearest('', families)}")
+        check_choice("--model", name, tuple(families))
+        train, validation = _held_out(source, seed)
+        accepted = inspect.signature(families[name]).parameters
+        for option, value in settings.items():
+            if value is not None and option not in accepted:
+                raise ValueError(f"--{option.replace('_', '-')} is no setting of {name}; leave it out")
+        settings = {option: value for option, value in settings.items() if value is not None}
+        prepared: dict[str, Any] = {}
+        if "likelihood" in accepted:
+            settings["likelihood"], prepared = _observation(train.data, settings.get("likelihood"))
+        x, held = _prepare(train.data, prepared), _prepare(validation.data, prepared)
+        if settings.get("likelihood") == "categorical":
+            settings["num_classes"] = prepared.get("levels") or int(x.max()) + 1
+        if x.dim() == 2 and x.is_floating_point() and settings.get("likelihood") != "bernoulli" and "preprocess" in accepted:
+            settings["preprocess"] = pgen.data.Standardize()
+            prepared["standardised"] = True
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = families[name](tuple(x.shape[1:]), **settings)
+        data = {**_about(source, train), "validation": len(held), "prepared": prepared}
+        return cls(model, x, held, train.labels, {"model": {"family": name, "settings": model.settings()}, "data": data})
+
+    @classmethod
+    def program(cls, specs: Sequence[str], source: str, rung: str | None) -> Subject:
+        """A program of the user's own, with a guide of their own or an automatic one (``rung``)."""
+        if len(specs) > 1 and rung:
+            raise ValueError(f"give either a guide of your own, {specs[1]}, or --guide {rung}, not both")
+        own, loaded = Program.load(specs), _load(source)
+        given = _how_given(own.functions[0], loaded)
+        about = {
+            "model": {**own.describe(), "guide": rung},
+            "data": {**_about(source, loaded), "validation": 0, "given": given},
+        }
+        return cls(own.pair(rung), _arguments(loaded, given), None, loaded.labels, about)
+
+
+def _load(source: str, part: str | None = None) -> Loaded:
+    """``pgen.data.load``, and the parts of the bundled sets that are split: ``digits:test``."""
+    name, _, named = source.partition(":")
+    if name not in SPLITS or Path(source).exists() or not (named or part):
+        return pgen.data.load(source)
+    part = named or str(part)
+    check_choice(f"{name}:", part, _PARTS)
+    split = SPLITS[name]()
+    return Loaded(getattr(split, part), None, getattr(split.labels, part, None), f"{name}:{part}")
+
+
+def _held_out(source: str, seed: int) -> tuple[Loaded, Loaded]:
+    """Data to fit and data to validate on: the split of the source itself, or a tenth drawn by the seed."""
+    if source in SPLITS and not Path(source).exists():
+        return _load(source, "train"), _load(source, "validation")
+    loaded = _load(source)
+    x = loaded.data
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{source} holds several arrays; a family is fitted to one: save it as .npy")
+    held = round(VALIDATION_SHARE * len(x))
+    if not held:
+        raise ValueError(f"{source} has {len(x)} rows; a family needs at least 5, some of which are held out")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    parts = [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in (order[held:], order[:held])]
+    return parts[0], parts[1]
+
+
+def _at(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if labels is None else labels[rows]
+
+
+def _observation(x: Any, likelihood: str | None) -> tuple[str, dict[str, Any]]:
+    """The likelihood, and what is done to the data for its sake: recorded, shown, and done again to later data.
+
+    Ones and zeros are Bernoulli, counts up to 255 categorical, other tables Gaussian. Grey images in [0, 1] are binarised at
+    one half unless another likelihood is asked for; as ``categorical`` they are counted in their own levels.
+    """
+    low, high = float(x.min()), float(x.max())
+    binary = bool(((x == 0) | (x == 1)).all())
+    counts = low >= 0 and high <= 255 and bool((x == x.round()).all())
+    if likelihood is None:
+        grey = x.dim() > 2 and low >= 0 and high <= 1
+        likelihood = "bernoulli" if binary or grey else "categorical" if counts else "gaussian"
+    if likelihood == "bernoulli" and not binary:
+        if low < 0 or x.dim() <= 2:
+            raise ValueError(f"--likelihood bernoulli needs zeros and ones, the data lie in [{low:g}, {high:g}]; try gaussian")
+        return likelihood, {"binarised_at": 0.5 if high <= 1 else high / 2}
+    if likelihood == "categorical" and not counts:
+        levels = [
+            n for n in _LEVELS if low >= 0 and high <= 1 and torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)
+        ]
+        if not levels:
+            raise ValueError("--likelihood categorical needs counts 0, 1, ..., 255 (or grey levels in [0, 1]); try gaussian")
+        return likelihood, {"levels": levels[0]}
+    return likelihood, {"counts": True} if likelihood == "categorical" else {}
+
+
+def _prepare(x: Any, prepared: dict[str, Any]) -> Any:
+    """Data as the model was fitted to: ``prepared`` comes from ``_observation``."""
+    if "binarised_at" in prepared:
+        return (x >= float(prepared["binarised_at"])).to(torch.get_default_dtype())
+    if "levels" in prepared:
+        return (x * (int(prepared["levels"]) - 1)).round().long()
+    return x.long() if prepared.get("counts") else x
+
+
+def _how_given(model: Callable[..., Any], loaded: Loaded) -> str:
+    """How data become arguments: a table whose columns are all parameters of the model goes in by name."""
+    columns = loaded.columns or ()
+    if columns and set(columns) <= set(inspect.signature(model).parameters):
+        return "by name"
+    return "one column" if len(columns) == 1 else "whole"
+
+
+def _arguments(loaded: Loaded, given: str) -> Batch:
+    x = loaded.data
+    if isinstance(x, Tensor) and given == "by name":
+        return {name: x[:, i] for i, name in enumerate(loaded.columns or ())}
+    return x[:, 0] if isinstance(x, Tensor) and given == "one column" and x.dim() == 2 else x
+
+
+def _about(source: str, loaded: Loaded) -> dict[str, Any]:
+    x = loaded.data
+    shapes = list(x.shape[1:]) if isinstance(x, Tensor) else None
+    rows = len(x) if isinstance(x, Tensor) else len(next(iter(x.values() if isinstance(x, dict) else x)))
+    return {"source": source, "train": rows, "shape": shapes, "columns": list(loaded.columns) if loaded.columns else None}
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------------
+
+
+def save_run(out: Path, subject: Subject, fitted: Run) -> dict[str, Any]:
+    """Write model, record and pictures into ``out``; return the record, with the files written and why others are missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (*PICTURES, REPORT):
+        (out / name).unlink(missing_ok=True)
+    subject.model.save(out / MODEL)
+    record = {"schema": SCHEMA, "pgen": pgen.__version__, "out": str(out), **subject.about, "run": summary(fitted)}
+    write_record(out, record, fitted)
+    drawn, reasons = _draw(out, subject, fitted)
+    return {**record, "files": [MODEL, RECORD, *drawn], "not_drawn": reasons}
+
+
+def _draw(out: Path, subject: Subject, fitted: Run) -> tuple[list[str], dict[str, str]]:
+    """Draw what the model can answer: names of the pictures, and why the others are missing."""
+    drawn, reasons = [], {}
+    for name, draw in _pictures(subject, fitted).items():
+        try:
+            pgen.plots.save(draw(), out / name)
+            drawn.append(name)
+        except pgen.NotAvailable as reason:
+            reasons[name] = str(reason)
+    return drawn, reasons
+
+
+def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
+    plots, model = pgen.plots, subject.model
+    pictures: dict[str, Callable[[], Any]] = {}
+    if len(fitted.history.get("loss", ())):
+        pictures["bound.png"] = lambda: plots.plot_bound(fitted)
+    if "family" not in subject.about["model"]:
+        return pictures
+    train: Any = subject.train
+    few, many = (24, 64) if train.dim() > 2 else (500, 1000)
+    shown, names = train[:few] if subject.validation is None else subject.validation[:few], subject.about["data"]["columns"]
+    return pictures | {
+        "samples.png": lambda: plots.sample_grid(model.sample(many, seed=fitted.seed), reference=train[:many], names=names),
+        "reconstructions.png": lambda: plots.reconstructions(shown, model.reconstruct(shown)),
+        "latent.png": lambda: plots.latent_space(
+            model.encode(train[:2000]), _at(subject.labels, torch.arange(len(train))[:2000])
+        ),
+    }
+
+
+def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+    """The fitted model of a run folder, and its record. Code comes from where the user says, never from the folder.
+
+    Args:
+        folder: What ``save_run`` wrote.
+        program: ``FILE.py:MODEL [FILE.py:GUIDE]`` where the run is of the user's own program.
+    """
+    record = read_record(folder)
+    about = record["model"]
+    if "file" not in about:
+        if program:
+            raise ValueError(f"--program does not go with {folder}, a run of {about.get('family')}; leave it out")
+        model: Any = pgen.load(folder / MODEL)
+    elif not program:
+        again = " ".join(f"--program {about['file']}:{name}" for name in about.get("names", ()))
+        raise ValueError(f"{folder} is of a program of your own, whose code is not in it: name it again, {again}")
+    else:
+        own = Program.load(program)
+        if own.sha256 != about.get("sha256"):
+            print(f"note: {own.file} has changed since the fit", file=sys.stderr)
+        model = own.pair(about.get("guide")).load(folder / MODEL)
+    model.last_run = run_of(record)
+    return model, record
+
+
+def batch(source: str, record: dict[str, Any]) -> Any:
+    """Data for a question, prepared and given as they were to the fit; of a bundled set its test data."""
+    about = record["data"]
+    loaded = _load(source, None if "file" in record["model"] else "test")
+    return _prepare(_arguments(loaded, about.get("given", "whole")), about.get("prepared", {}))
+
+
+# --- the record ------------------------------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The outcome of a fit in plain numbers and words; bounds in nats a datum."""
+    validated = len(run.validation.get("bound", ())) > 0
+    return {
+        "bound": run.bound,
+        "bound_of": "validation" if validated else "training",
+        "bound_std_error": float(run.validation["std_error"][-1]) if validated else None,
+        "stopped": run.stopped,
+        "steps": run.steps,
+        "epochs": run.epochs,
+        "seconds": run.seconds,
+        "tier": run.tier,
+        "tier_reason": run.tier_reason,
+        "skipped": run.skipped,
+        "num_data": run.num_data,
+        "seed": run.seed,
+    }
+
+
+def write_record(folder: Path, record: dict[str, Any], run: Run) -> None:
+    """Write ``run.json``, beside its target and renamed over it."""
+    history = {"history": _thin(run.history), "validation": {name: list(map(float, v)) for name, v in run.validation.items()}}
+    text = json.dumps(plain({**record, **history}), indent=1, allow_nan=False)
+    temporary = folder / f"{RECORD}.{os.getpid()}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(folder / RECORD)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a folder.
+
+    Raises:
+        ValueError: If it is missing, too large, or not what ``write_record`` writes.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {RECORD}; is it a folder that `pgen fit` wrote?")
+    if path.stat().st_size > _MAX_RECORD:
+        raise ValueError(f"{path} is over the limit of {_MAX_RECORD} bytes")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON text: {error}") from None
+    if (
+        not isinstance(record, dict)
+        or record.get("schema") != SCHEMA
+        or not all(isinstance(record.get(k), dict) for k in _SECTIONS)
+    ):
+        raise ValueError(f"{path} is not a record of schema {SCHEMA}; was it written by this version of `pgen fit`?")
+    return record
+
+
+_SECTIONS = ("model", "data", "run", "history", "validation")
+
+
+def run_of(record: dict[str, Any]) -> Run:
+    """The ``Run`` that a record tells of, its history thinned."""
+    try:
+        facts = {
+            name: record["run"][name] for name in ("stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")
+        }
+        facts |= {name: float(record["run"][name]) for name in ("epochs", "seconds")}
+        history, validation = (
+            {name: np.array(column, dtype=float) for name, column in record[part].items()} for part in ("history", "validation")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{RECORD} is damaged: {type(error).__name__} {error}; fit again") from None
+    return Run(history=history, validation=validation, **facts)
+
+
+def _thin(history: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Means of equal stretches, so that a record stays small; of ``step`` and ``epoch`` the last in each."""
+    length = max((len(column) for column in history.values()), default=0)
+    stretch = math.ceil(length / _MAX_HISTORY) or 1
+    starts = np.arange(0, length, stretch)
+    ends = np.minimum(starts + stretch, length) - 1
+    thin = {}
+    for name, column in history.items():
+        values = np.asarray(column, dtype=float)
+        last = name in ("step", "epoch", "seconds")
+        thin[name] = (
+            (values[ends] if last else np.add.reduceat(values, starts) / (ends - starts + 1)).tolist() if length else []
+        )
+    return thin
+
+
+def plain(value: Any) -> Any:
+    """JSON values only: arrays and tensors become lists, paths strings, and numbers that are not finite None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

@@ -1,0 +1,387 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pgen
+from pgen import cli, runs
+from pgen.contracts import Run
+
+MEAN = """
+import pyro
+import pyro.distributions as dist
+import torch
+
+def model(y, scale):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+def guide(y, scale):
+    loc = pyro.param("loc", torch.tensor(0.0))
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+    pyro.sample("mu", dist.Normal(loc, sd))
+
+def broken(y, scale):
+    print("printed by the program")
+    return missing_name
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A short fit of a VAE to the digits."""
+    out = tmp_path_factory.mktemp("cli") / "digits"
+    assert (
+        cli.run(
+            [
+                "fit",
+                "digits",
+                "--model",
+                "vae",
+                "--steps",
+                "40",
+                "--latent-dim",
+                "3",
+                "--compile",
+                "eager",
+                "-q",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    return out
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mean.py").write_text(MEAN)
+    Path("y.csv").write_text("y,scale\n" + "".join(f"{y},2.0\n" for y in (1.0, 2.0, 6.0)))
+    return tmp_path
+
+
+def answer(capsys, *arguments, code=0):
+    """The JSON object that a command prints."""
+    assert cli.run([*map(str, arguments), "--json"]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return json.loads(lines[0])
+
+
+# --- a family --------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_writes_the_model_the_record_and_pictures(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted([runs.MODEL, runs.RECORD, *runs.PICTURES])
+    model, record = runs.open_run(folder, None)
+    assert record["model"]["settings"]["latent_dim"] == 3
+    assert record["data"]["prepared"] == {"binarised_at": 0.5}
+    assert (record["data"]["train"], record["data"]["validation"]) == (1000, 350)
+    assert model.last_run.steps == 40
+    assert record["run"]["bound"] == model.last_run.bound
+
+
+def test_what_fit_saved_is_what_the_library_fits(folder):
+    x = pgen.data.digits(binarize=True)
+    torch.manual_seed(0)
+    vae = pgen.models.VAE((8, 8), latent_dim=3, likelihood="bernoulli")
+    vae.fit(x.train, validation=x.validation, steps=40, seed=0, compile="eager", progress=False)
+    saved, _ = runs.open_run(folder, None)
+    for name, value in vae.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], value)
+
+
+def test_score_is_a_bound_on_the_test_digits_and_agrees_with_the_library(folder, capsys, tmp_path):
+    got = answer(capsys, "score", folder, "digits", "--num-samples", 7, "--seed", 3, "--out", tmp_path / "each.npy")
+    x = pgen.data.digits(binarize=True).test
+    want = pgen.load(folder / runs.MODEL).log_prob(x, num_samples=7, seed=3)
+    assert (got["kind"], got["num_data"], got["event_size"]) == ("lower_bound", 447, 64)
+    assert got["mean"] == pytest.approx(want.mean)
+    np.testing.assert_allclose(np.load(tmp_path / "each.npy"), want.value.numpy())
+
+
+def test_sample_writes_rows_and_a_picture_keyed_by_the_seed(folder, capsys, tmp_path):
+    for name, seed in (("a.npy", 1), ("b.npy", 1), ("c.npy", 2)):
+        got = answer(
+            capsys, "sample", folder, "-n", 5, "--seed", seed, "--out", tmp_path / name, "--png", tmp_path / "grid.png"
+        )
+    assert got["shape"] == [5, 8, 8]
+    a, b, c = (np.load(tmp_path / name, allow_pickle=False) for name in ("a.npy", "b.npy", "c.npy"))
+    assert (a == b).all() and (a != c).any() and set(np.unique(a)) <= {0.0, 1.0}
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    answer(capsys, "sample", folder, "-n", 5, "--out", tmp_path / "a.csv")
+    assert np.loadtxt(tmp_path / "a.csv", delimiter=",", skiprows=1).shape == (5, 64)
+
+
+def test_info_shows_the_record_and_refuses_a_damaged_model(folder, capsys, tmp_path):
+    got = answer(capsys, "info", folder)
+    assert got["model"]["family"] == "vae" and got["run"]["steps"] == 40
+    assert cli.run(["info", str(folder)]) == 0
+    assert "binarised at 0.5" in capsys.readouterr().out
+    for name in (runs.RECORD, runs.MODEL):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    damaged = bytearray((tmp_path / runs.MODEL).read_bytes())
+    damaged[-5] ^= 1
+    (tmp_path / runs.MODEL).write_bytes(damaged)
+    assert cli.run(["info", str(tmp_path)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, monkeypatch):
+    from pgen import diagnostics
+
+    class Fake:
+        overall = "problem found: 2 importance weights"
+
+        def to_dict(self):
+            return {"overall": self.overall}
+
+        def to_html(self, path):
+            path.write_text("<html>")
+            return path
+
+    asked = {}
+
+    def report(model, data, level, seed):
+        asked.update(data=data, level=level, seed=seed, last=model.last_run)
+        return Fake()
+
+    monkeypatch.setattr(diagnostics, "report", report)
+    got = answer(capsys, "diagnose", folder, "digits", "--level", "standard", "--seed", 4, "--html", code=1)
+    assert got["overall"].startswith("problem found")
+    assert (asked["data"].shape, asked["level"], asked["seed"]) == ((447, 8, 8), "standard", 4)
+    assert len(asked["last"].history["loss"]) == 40
+    assert (folder / runs.REPORT).exists()
+    Fake.overall = "no problem found by: 1"
+    answer(capsys, "diagnose", folder, "digits")
+
+
+def test_models_lists_the_registry(capsys):
+    got = answer(capsys, "models")
+    assert {row["model"] for row in got["models"]} == set(pgen.models.REGISTRY)
+    assert "latent_dim" in next(row for row in got["models"] if row["model"] == "vae")["settings"]
+
+
+def test_a_table_is_standardised_and_sampled_in_its_own_units(capsys, tmp_path):
+    table = np.random.default_rng(0).normal(size=(60, 3)) * [1.0, 50.0, 0.1] + [0.0, 1000.0, -3.0]
+    np.savetxt(tmp_path / "t.csv", table, delimiter=",", header="a,b,c", comments="")
+    got = answer(
+        capsys, "fit", tmp_path / "t.csv", "--model", "vae", "--steps", 30, "--compile", "eager", "--out", tmp_path / "run"
+    )
+    assert got["model"]["settings"]["likelihood"] == "gaussian"
+    assert got["data"]["prepared"] == {"standardised": True} and got["data"]["columns"] == ["a", "b", "c"]
+    assert (got["data"]["train"], got["data"]["validation"]) == (54, 6)
+    answer(capsys, "sample", tmp_path / "run", "-n", 400, "--out", tmp_path / "s.csv")
+    drawn = np.loadtxt(tmp_path / "s.csv", delimiter=",", skiprows=1)
+    assert (tmp_path / "s.csv").read_text().startswith("a,b,c\n")
+    assert abs(drawn[:, 1].mean() - 1000) < 50
+
+
+def test_an_autoencoder_says_which_pictures_it_cannot_draw(capsys, tmp_path):
+    got = answer(
+        capsys, "fit", "digits", "--model", "autoencoder", "--steps", 5, "--compile", "eager", "--out", tmp_path / "run"
+    )
+    assert list(got["not_drawn"]) == ["samples.png"]
+    assert "autoencoder" in got["not_drawn"]["samples.png"]
+    assert cli.run(["sample", str(tmp_path / "run")]) == 2
+
+
+def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):
+    before = (folder / runs.MODEL).read_bytes()
+    assert cli.run(["fit", "digits", "--model", "vae", "--out", str(folder)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / runs.MODEL).read_bytes() == before
+
+
+# --- a program of one's own ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", [["mean.py:guide"], ["--guide", "full_rank"], []])
+def test_a_program_is_fitted_saved_and_found_again(program, capsys, guide):
+    fitted = answer(capsys, "fit", "mean.py:model", *guide, "--data", "y.csv", "--steps", 60, "--compile", "eager", "--seed", 2)
+    assert fitted["data"]["given"] == "by name"
+    assert fitted["model"]["names"] == ["model", "guide"][: 1 + (guide == ["mean.py:guide"])]
+    again = ["mean.py:model", *(guide if len(guide) == 1 else [])]
+    own = runs.Program.load(again).functions
+    pair = pgen.Pair(own[0], own[1] if len(own) > 1 else "full_rank" if guide else None)
+    data = {"y": torch.tensor([1.0, 2.0, 6.0]), "scale": torch.full((3,), 2.0)}
+    pair.fit(data, steps=60, seed=2, compile="eager", progress=False)
+    saved, record = runs.open_run(Path("run"), again)
+    mu = [p.draw(d, 50, seed=1).values["mu"] for p, d in ((pair, data), (saved, runs.batch("y.csv", record)))]
+    torch.testing.assert_close(*mu)
+    options = [part for name in again for part in ("--program", name)]
+    drawn = answer(capsys, "sample", "run", "-n", 6, "--data", "y.csv", "--out", "s.npy", *options)
+    assert drawn["shape"] == [6, 3]
+    assert cli.run(["score", "run", "y.csv", *options]) == 2
+    assert "no datum has a density of its own" in capsys.readouterr().err
+
+
+def test_code_is_loaded_only_from_the_file_that_the_user_names(program, capsys):
+    answer(capsys, "fit", "mean.py:model", "--data", "y.csv", "--steps", 3, "--compile", "eager", "--out", "run")
+    record = json.loads(Path("run/run.json").read_text())
+    record["model"]["file"] = "trap.py"
+    Path("trap.py").write_text("open('sprung', 'w')\n")
+    Path("run/run.json").write_text(json.dumps(record))
+    for command in (["info", "run"], ["score", "run", "y.csv"], ["diagnose", "run", "y.csv"]):
+        assert cli.run(command) in (0, 2)
+    assert "name it again, --program trap.py:model" in capsys.readouterr().err
+    assert not Path("sprung").exists()
+    Path("mean.py").write_text(MEAN + "\n# edited\n")
+    answer_file = cli.run(["sample", "run", "--data", "y.csv", "--program", "mean.py:model", "-n", "2"])
+    assert answer_file == 0
+    assert "mean.py has changed since the fit" in capsys.readouterr().err
+
+
+def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json(program, capsys):
+    assert cli.run(["fit", "mean.py:broken", "--data", "y.csv", "--json"]) == 2
+    out, err = capsys.readouterr()
+    line = MEAN.splitlines().index("    return missing_name") + 1
+    assert json.loads(out) == {"error": f"mean.py:{line}: NameError: name 'missing_name' is not defined"}
+    assert "printed by the program" in err
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "digits"], "--model is missing: name a family (known: autoencoder, vae"),
+        (["fit", "digits", "--model", "vea"], "did you mean 'vae'?"),
+        (["fit", "digit", "--model", "vae"], "did you mean 'digits'?"),
+        (["fit", "absent.csv", "--model", "vae"], "there is no file or data set 'absent.csv'"),
+        (["fit", "digits:tset", "--model", "vae"], "did you mean 'test'?"),
+        (["fit", "digits", "--model", "vae", "--data", "y.csv"], "--data does not go with a family"),
+        (["fit", "digits", "more", "--model", "vae"], "more does not go with a family"),
+        (["fit", "digits", "--model", "vae", "--compile", "fast"], "`compile` is 'fast'"),
+        (["fit", "digits", "--model", "vae", "--epochs", "0"], "`epochs` should be a positive number, got 0"),
+        (["fit", "digits", "--model", "vae", "--epochs", "x"], "Invalid value for '--epochs'"),
+        (["fit", "digits", "--model", "autoencoder", "--likelihood", "gaussian"], "--likelihood is no setting of autoencoder"),
+        (["fit", "mean.py:model"], "--data is missing"),
+        (["fit", "mean.py:model", "--data", "y.csv", "--model", "vae"], "--model does not go with a program of your own"),
+        (["fit", "mean.py:modle", "--data", "y.csv"], "mean.py has no callable 'modle'; did you mean 'model'?"),
+        (["fit", "none.py:model", "--data", "y.csv"], "none.py is not a file"),
+        (["fit", "mean.py:model", "other.py:guide", "--data", "y.csv"], "both from one file"),
+        (["fit", "mean.py:model", "mean.py:guide", "--guide", "flow", "--data", "y.csv"], "not both"),
+        (["score", "absent", "digits"], "absent has no run.json"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(program, capsys, arguments, message):
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and message in err
+    assert err.count("\n") == 1 and not out
+    assert not Path("run").exists()
+
+
+def test_a_defect_is_exit_70_with_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(pgen.models, "REGISTRY", None)
+    assert cli.run(["models"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_fit_after_saving_it(program, number, code):
+    Path("mean.py").write_text(MEAN.replace("def model(y, scale):", "def model(y, scale):\n    open('started', 'w').close()"))
+    command = [
+        sys.executable,
+        "-m",
+        "pgen",
+        "fit",
+        "mean.py:model",
+        "--data",
+        "y.csv",
+        "--steps",
+        "10000000",
+        "--compile",
+        "eager",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(pgen.__file__).parents[1])}
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not Path("started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    stopped = json.loads(out)["run"]["stopped"]
+    assert stopped.startswith("interrupted") and ("SIGTERM" in stopped) == (code == 143)
+    assert runs.open_run(Path("run"), ["mean.py:model"])[0].last_run.steps > 0
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_keeps_means_of_a_long_history(tmp_path):
+    loss = np.arange(10_000.0)
+    run = Run(
+        history={"step": np.arange(1, 10_001), "loss": loss}, validation={"step": [10], "bound": [-2.0], "std_error": [np.nan]}
+    )
+    runs.write_record(tmp_path, {"schema": 1, "model": {}, "data": {}, "run": runs.summary(run)}, run)
+    back = runs.run_of(runs.read_record(tmp_path))
+    assert len(back.history["loss"]) == 2000
+    np.testing.assert_allclose(back.history["loss"], loss.reshape(2000, 5).mean(1))
+    np.testing.assert_allclose(back.history["step"], np.arange(5, 10_001, 5))
+    assert back.bound == -2.0 and np.isnan(back.validation["std_error"][0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99, "model": {}}', "[" * 100_000])
+def test_a_damaged_record_is_refused_in_one_line(tmp_path, capsys, text):
+    (tmp_path / runs.RECORD).write_text(text)
+    assert cli.run(["info", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "asked", "likelihood", "prepared", "first"),
+    [
+        (torch.tensor([[0, 1], [1, 1]]), None, "bernoulli", {}, 0),
+        (torch.tensor([[0, 3], [1, 1]]), None, "categorical", {"counts": True}, 0),
+        (torch.tensor([[0.5, 3.0]]), None, "gaussian", {}, 0.5),
+        (torch.tensor([[[0.5, 0.25]]]), None, "bernoulli", {"binarised_at": 0.5}, 1.0),
+        (torch.tensor([[[8 / 16, 1 / 16]]]), "categorical", "categorical", {"levels": 17}, 8),
+        (torch.tensor([[[51 / 255, 1.0]]]), "categorical", "categorical", {"levels": 256}, 51),
+        (torch.tensor([[[200, 255]]]), "bernoulli", "bernoulli", {"binarised_at": 127.5}, 1.0),
+        (torch.tensor([[[0.5, 0.25]]]), "gaussian", "gaussian", {}, 0.5),
+    ],
+)
+def test_the_data_choose_the_likelihood_unless_one_is_asked_for(x, asked, likelihood, prepared, first):
+    assert runs._observation(x, asked) == (likelihood, prepared)
+    assert float(runs._prepare(x, prepared).flatten()[0]) == first
+
+
+def test_a_likelihood_that_the_data_cannot_have_is_refused():
+    with pytest.raises(ValueError, match=r"--likelihood bernoulli needs zeros and ones, the data lie in \[0.5, 3\]"):
+        runs._observation(torch.tensor([[0.5, 3.0]]), "bernoulli")
+    with pytest.raises(ValueError, match="--likelihood categorical needs counts"):
+        runs._observation(torch.tensor([[0.3, 3.0]]), "categorical")
+
+
+def test_plain_has_no_number_that_json_has_not():
+    assert runs.plain({"a": float("nan"), "b": np.float32(2), "c": torch.arange(2), "d": Path("x")}) == {
+        "a": None,
+        "b": 2.0,
+        "c": [0, 1],
+        "d": "x",
+    }
