@@ -15,7 +15,7 @@ import numpy as np
 
 from pgen.contracts import Draws, NotAvailable, Run, check_choice, check_positive
 
-from .convergence import plateau
+from .convergence import Plateau, plateau
 from .importance import MEASURABLE, psis, summarise_with
 from .predictive import ppc
 
@@ -47,7 +47,7 @@ class Kind:
 
 
 CLAIMS: dict[int, Kind] = {
-    1: Kind("optimisation finished", "optimisation", "quick", "other optima, or progress hidden by a vanishing learning rate"),
+    1: Kind("optimisation finished", "optimisation", "quick", "other optima, or a learning rate too small to move"),
     2: Kind("importance weights can repair q", "importance weights", "quick", "modes that q never visits"),
     3: Kind(
         "raw q means and sds are within tolerance",
@@ -214,7 +214,16 @@ def _optimised(evidence: Evidence) -> Claim:
         ci_high=found.ci_high,
         threshold=f"< {limit:.3g}",
         n=found.entries,
-        explanation=f"{explanation}{skipped} Window: from step {found.first_step} on; {why}.",
+        explanation=f"{explanation}{skipped} Window: from step {found.first_step} on{_lr_words(found)}; {why}.",
+    )
+
+
+def _lr_words(found: Plateau) -> str:
+    low, high = found.lr
+    return (
+        ""
+        if found.lr_constant
+        else f", where the learning rate went from {high:.2g} to {low:.2g}; steps count as at {high:.2g}"
     )
 
 
@@ -228,21 +237,20 @@ def _improvement_limit(evidence: Evidence) -> tuple[float, str]:
     return 0.01, "tolerance 0.01 nats a datum"
 
 
-def _plateau_verdict(found: Any, limit: float) -> tuple[Status, str]:
+def _plateau_verdict(found: Plateau, limit: float) -> tuple[Status, str]:
     if found.non_finite:
         return "contradicted", f"{found.non_finite} of {found.entries} logged losses in the window are not finite."
-    if found.ci_low > limit:
-        return "contradicted", "The bound was still improving when the fit ended: train longer."
     if found.ci_high < -limit:
         return "contradicted", "The bound got worse towards the end: lower the learning rate."
-    if not found.lr_constant:
-        low, high = found.lr
-        raise NotMeasured(
-            f"the learning rate changed during the window ({high:.3g} to {low:.3g}), and a decaying rate looks like a plateau; "
-            f"improvement {found.rate:.3g} [{found.ci_low:.3g}, {found.ci_high:.3g}] nats a datum for 1000 steps"
-        )
     if found.ci_high < limit:
         return "supported", "Whatever the bound still gains is below the tolerance."
+    if found.ci_low > limit and found.lr_constant:
+        return "contradicted", "The bound was still improving when the fit ended: train longer."
+    if found.ci_low > limit:
+        return (
+            "undecided",
+            "The bound rose while the learning rate fell, which may be less noise or more learning: train longer.",
+        )
     return "undecided", "Noise hides an improvement of the size of the tolerance: train longer, or average more draws a step."
 
 

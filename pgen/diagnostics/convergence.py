@@ -1,7 +1,7 @@
 r"""Has the optimiser finished? What the logged bound can say about it.
 
-A plateau is not an optimum: a vanishing learning rate and a poor local optimum look the same. So no run is called finished
-whose learning rate changed inside the window that is judged.
+A plateau is not an optimum: a vanishing learning rate and a poor local optimum look the same. So progress is measured against
+the distance that the optimiser could have gone, the sum of its learning rates, and not against steps alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pgen.contracts import Run
 
 __all__ = ["Plateau", "plateau"]
 
-_MIN_ENTRIES = 40  # logged steps in the window: fewer make no error estimate
+_MIN_ENTRIES = 20  # finite losses in each half of the window: fewer make no error estimate
 _LR_CHANGE = 1.05
 
 
@@ -24,7 +24,7 @@ class Plateau:
     """How fast the bound still improves, over the last half of a run.
 
     Attributes:
-        rate: Improvement of the bound, nats a datum for 1000 steps (negative: it gets worse).
+        rate: Improvement of the bound, nats a datum for 1000 steps at the learning rate ``lr[1]`` (negative: it gets worse).
         ci_low: Lower end of its 95 % interval.
         ci_high: Upper end.
         first_step: Where the window begins.
@@ -51,63 +51,72 @@ class Plateau:
 def plateau(run: Run) -> Plateau:
     r"""Compare the two halves of the last half of a run's bound.
 
-    The halves, W/2 steps apart, are cut into blocks of :math:`\lceil\sqrt W\rceil` logged steps. The variance of the block
-    means gives the standard error, inflated by :math:`(1 + \rho)/(1 - \rho)` where neighbouring blocks still correlate by
-    :math:`\rho > 0`; the interval is Student's, with the blocks less two as degrees of freedom.
+    Time is the sum of the learning rates so far (steps, where the rate is constant or was not logged), so that a schedule
+    which ends at zero is judged by the steps that could still move. Each half is cut into blocks of
+    :math:`\lceil\sqrt{2n}\rceil` of its n logged steps. The variance of the block means gives the standard error, inflated by
+    :math:`(1 + \rho)/(1 - \rho)` where neighbouring blocks still correlate by :math:`\rho > 0`; the interval is Student's, with
+    the blocks less two as degrees of freedom.
 
     Args:
         run: Its ``history`` needs ``step`` and ``loss`` (nats a datum); ``lr`` is used where it is there.
 
     Raises:
-        ValueError: If fewer than 80 steps were logged.
+        ValueError: If a half of the window has fewer than 20 finite losses.
 
     References:
         Batch means: Flegal and Jones (2010), Annals of Statistics 38(2), section 3.
     """
     loss = np.asarray(run.history.get("loss", ()), dtype=np.float64)
-    steps = np.asarray(run.history.get("step", np.arange(len(loss))), dtype=np.float64)
-    window = slice(len(loss) // 2, None)
-    kept = np.isfinite(loss[window])
-    if kept.sum() < _MIN_ENTRIES:
+    steps = np.asarray(run.history.get("step", np.arange(1, len(loss) + 1)), dtype=np.float64)
+    lr = np.asarray(run.history.get("lr", ()), dtype=np.float64)
+    time = _time(steps, lr)
+    finite = np.isfinite(loss)
+    window = time > time[-1] / 2 if len(time) else finite
+    late = time > 0.75 * time[-1] if len(time) else finite
+    halves = (window & ~late & finite, late & finite)
+    if (fewest := min(int(half.sum()) for half in halves)) < _MIN_ENTRIES:
         raise ValueError(
-            f"`run.history` should have 40 finite losses in its last half, got {int(kept.sum())} of {len(loss)} steps logged"
+            f"`run.history` should have 20 finite losses in each of its last quarters, got {fewest} of {len(loss)} logged"
         )
-    rate, error, blocks = _rate(loss[window][kept], steps[window][kept])
-    half = _student(blocks - 2) * error
-    lr = np.asarray(run.history.get("lr", ()), dtype=np.float64)[window]
+    low, high = (float(lr[window].min()), float(lr[window].max())) if len(lr) else (math.nan, math.nan)
+    scale = 1000 * (high / lr.max() if high > 0 else 1.0)
+    rate, error, freedom = _rate([loss[half] for half in halves], [time[half] for half in halves])
+    reach = _student(freedom) * error
     return Plateau(
-        rate=1000 * rate,
-        ci_low=1000 * (rate - half),
-        ci_high=1000 * (rate + half),
+        rate=scale * rate,
+        ci_low=scale * (rate - reach),
+        ci_high=scale * (rate + reach),
         first_step=int(steps[window][0]),
-        entries=len(kept),
-        non_finite=int((~kept).sum()),
-        lr=(float(lr.min()), float(lr.max())) if len(lr) else (math.nan, math.nan),
+        entries=int(window.sum()),
+        non_finite=int((window & ~finite).sum()),
+        lr=(low, high),
     )
 
 
-def _rate(loss: np.ndarray, steps: np.ndarray) -> tuple[float, float, int]:
-    """Fall of the loss a step between the two halves, its standard error, and the number of blocks."""
-    half = len(loss) // 2
-    length = math.ceil(math.sqrt(len(loss)))
-    early, late = _block_means(loss[:half], length), _block_means(loss[half:], length)
-    distance = steps[half:].mean() - steps[:half].mean()
-    variance = (_mean_variance(early) + _mean_variance(late)) * _inflation(early, late)
-    return float(early.mean() - late.mean()) / distance, math.sqrt(variance) / distance, len(early) + len(late)
+def _time(steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
+    """Sum of the learning rates up to each logged step, in units of the largest; steps, where no rate was logged."""
+    logged = len(lr) == len(steps) and np.isfinite(lr).all() and (lr > 0).any()
+    return np.cumsum(np.diff(steps, prepend=0.0) * (lr / lr.max() if logged else 1.0))
 
 
-def _block_means(x: np.ndarray, length: int) -> np.ndarray:
+def _rate(losses: list[np.ndarray], times: list[np.ndarray]) -> tuple[float, float, int]:
+    """Fall of the loss a unit of time between the two halves, its standard error, and degrees of freedom."""
+    blocks = [_block_means(half) for half in losses]
+    distance = float(times[1].mean() - times[0].mean())
+    variance = sum(float(b.var(ddof=1)) / len(b) for b in blocks) * _inflation(blocks)
+    fall = float(losses[0].mean() - losses[1].mean())
+    return fall / distance, math.sqrt(variance) / distance, sum(map(len, blocks)) - 2
+
+
+def _block_means(x: np.ndarray) -> np.ndarray:
+    length = math.ceil(math.sqrt(2 * len(x)))
     count = len(x) // length
     return x[len(x) - count * length :].reshape(count, length).mean(axis=1)
 
 
-def _mean_variance(blocks: np.ndarray) -> float:
-    return float(blocks.var(ddof=1)) / len(blocks)
-
-
-def _inflation(early: np.ndarray, late: np.ndarray) -> float:
+def _inflation(blocks: list[np.ndarray]) -> float:
     """What correlation between neighbouring blocks does to the variance of their mean."""
-    centred = [early - early.mean(), late - late.mean()]
+    centred = [b - b.mean() for b in blocks]
     square = sum(float(c @ c) for c in centred)
     rho = sum(float(c[1:] @ c[:-1]) for c in centred) / square if square > 0 else 0.0
     rho = min(max(rho, 0.0), 0.9)

@@ -37,14 +37,24 @@ def test_correlated_noise_widens_the_interval():
     assert width(0.9) > 5 * width(0.0)
 
 
-def test_a_changing_learning_rate_is_noticed():
-    run = flat_run(200)
-    assert plateau(run).lr_constant
-    run.history["lr"][150:] *= 0.5
+def test_time_is_the_sum_of_learning_rates():
+    run = flat_run(4000, noise=1e-9)
+    run.history["lr"] = np.linspace(0.01, 0.0, 4001)[:-1]
+    moved = np.cumsum(run.history["lr"])
+    run.history["loss"] = 5.0 - 0.02 * moved
     found = plateau(run)
-    assert not found.lr_constant and found.lr == (0.005, 0.01)
+    assert not found.lr_constant and found.lr[1] == pytest.approx(0.01 / math.sqrt(2), rel=1e-3)
+    assert found.first_step == pytest.approx(4000 * (1 - 1 / math.sqrt(2)), abs=2)
+    assert found.rate == pytest.approx(1000 * 0.02 * found.lr[1])  # though the last steps hardly changed the loss
+
+
+def test_learning_rates_need_not_be_logged():
+    run = flat_run(200, slope=1e-3)
+    logged = plateau(run)
     del run.history["lr"]
-    assert plateau(run).lr_constant and math.isnan(plateau(run).lr[0])
+    found = plateau(run)
+    assert found.lr_constant and math.isnan(found.lr[0])
+    assert (found.rate, found.ci_low) == pytest.approx((logged.rate, logged.ci_low))
 
 
 def test_losses_that_are_not_finite_are_counted():
@@ -55,5 +65,5 @@ def test_losses_that_are_not_finite_are_counted():
 
 
 def test_a_short_history_is_refused():
-    with pytest.raises(ValueError, match="40 finite losses in its last half, got 39 of 78"):
-        plateau(flat_run(78))
+    with pytest.raises(ValueError, match="20 finite losses in each of its last quarters, got 19 of 77"):
+        plateau(flat_run(77))

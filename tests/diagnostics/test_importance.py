@@ -200,6 +200,25 @@ def test_posterior_error_sees_the_shift_that_khat_does_not():
     assert error.psis_status.item() == "ok" and error["z"].sel(statistic="khat").item() < 0.7
 
 
+def test_equal_weights_change_nothing():
+    fit = gaussian_fit([0.3, -1.0], [0.5, 1.5])
+    fit.p_mean, fit.p_cov = fit.q_mean, fit.q_cov
+    error = posterior_error(tree_of(fit, 50))["z"]
+    np.testing.assert_allclose(error.sel(statistic="sd_ratio"), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(error.sel(statistic=["shift", "shift_se", "sd_ratio_se"]), 0.0, atol=1e-12)
+
+
+def test_khat_of_an_expectation_sees_either_tail_of_the_quantity():
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    heavy = 2 * (uniform**-0.5 - 1)  # generalised Pareto with shape 1/2
+    zero = torch.zeros(4000)
+    khat = psis_expectation(to_datatree(make_draws({"up": heavy, "down": -heavy, "flat": uniform}, zero, zero))).sel(
+        statistic="khat"
+    )
+    assert khat["up"].item() == pytest.approx(0.5, abs=0.2) and khat["down"].item() == pytest.approx(khat["up"].item())
+    assert khat["flat"].item() < 0
+
+
 def test_standard_errors_match_repetition():
     found = [posterior_error(tree_of(gaussian_fit([0.5, 0.0], [1.0, 0.9], 0.2), 2000, seed))["z"] for seed in range(24)]
     stacked = xr.concat(found, dim="seed")
