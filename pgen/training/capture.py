@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from .kernels import faster_products
+
 __all__ = ["BackgroundCompile", "CaptureRefused", "CudaReplay", "capture", "compile_graph", "retrace"]
 
 TensorFunction = Callable[..., Sequence[Tensor]]
@@ -137,6 +139,8 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
     _drop_identities(graph, written)
     _share_equal(graph, written)
     _fold_constants(graph, written)
+    faster_products(graph)
+    _drop_double_transposes(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
@@ -191,6 +195,14 @@ def _drop_identities(graph: fx.GraphModule, written: set[fx.Node]) -> None:
         if node.op == "call_function" and node not in written and _same_value(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+
+
+def _drop_double_transposes(graph: fx.GraphModule) -> None:
+    transpose = torch.ops.aten.t.default
+    for node in list(graph.graph.nodes):
+        inner = node.args[0] if node.op == "call_function" and node.target is transpose else None
+        if isinstance(inner, fx.Node) and inner.target is transpose:
+            node.replace_all_uses_with(inner.args[0])
 
 
 def _share_equal(graph: fx.GraphModule, written: set[fx.Node]) -> None:
