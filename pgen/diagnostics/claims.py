@@ -528,18 +528,19 @@ def _reproduces(evidence: Evidence) -> Claim:
         ci_high=float(intervals[worst, 1]),
         threshold=f"{edge:.3g} to {1 - edge:.4g}",
         n=draws,
-        explanation=_ppc_words(status, len(ppp), check),
+        explanation=_ppc_words(status, len(ppp), check, evidence.draws),
     )
 
 
-def _ppc_words(status: Status, comparisons: int, check: xr.Dataset) -> str:
+def _ppc_words(status: Status, comparisons: int, check: xr.Dataset, draws: Draws | None) -> str:
     far = {
         "contradicted": "The data lie outside what the model generates",
         "supported": "The data lie within what the model generates",
         "undecided": "Too few replicates to tell",
     }[status]
-    features = ", ".join(check.statistic.to_numpy())
+    reused = " from the latents that q gives each datum" if draws is not None and draws.has_local else ""
+    features = ", ".join(check.statistic.values)
     return (
-        f"{far}, by {features} ({comparisons} comparisons). Such a p-value gathers near one half when the model holds; "
+        f"{far}{reused}, by {features} ({comparisons} comparisons). Such a p-value gathers near one half when the model holds; "
         "it is not the probability that the model is right."
     )

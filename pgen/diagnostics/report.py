@@ -50,7 +50,7 @@ class Fitted(Protocol):
         ...
 
     def predict(self, data: Batch, num_samples: int, seed: int) -> dict[str, Tensor]:
-        """Posterior predictive draws of the observed sites, ``(S, *observed shape)``."""
+        """Replicates of the observed sites given latents that q draws for these data, ``(S, *observed shape)``."""
         ...
 
 

@@ -160,6 +160,12 @@ def test_states(log_weight, status):
         assert np.exp(fitted.log_weight_smoothed.values).sum() == pytest.approx(1.0)
 
 
+def test_a_tail_of_equal_weights_is_not_fitted_to_their_rounding():
+    noise = np.random.default_rng(0).uniform(-2e-15, 2e-15, size=100)
+    fitted = psis(np.tile([0.0, -1.0], 50) + noise)
+    assert fitted.status.item() == "bounded" and fitted.khat.item() == -math.inf
+
+
 def test_good_khat_and_draws_needed():
     assert good_khat(100) == pytest.approx(0.5)
     assert good_khat(10**6) == 0.7

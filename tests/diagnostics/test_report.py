@@ -73,6 +73,16 @@ def test_over_wide_guides_lack_effective_draws():
     assert status(found)[2] == "undecided" and "effective draws are left" in found.claims.loc[2, "explanation"]
 
 
+def test_many_comparisons_are_allowed_for():
+    found = report(gaussian_fit(np.linspace(0.05, 0.3, 30), np.full(30, 0.96)), Y, seed=2)
+    table = found.evidence.components
+    shifts = table[table["kind"] == "shift"]
+    alone = shifts["ci_low"] > 0.1
+    together = shifts["estimate"] - 3.338 * shifts["se"] > 0.1  # 60 comparisons, 5 % in all
+    assert len(table) == 60 and (alone & ~together).any() and together.any()
+    np.testing.assert_array_equal(shifts["status"] == "contradicted", together)
+
+
 def test_local_latents_are_judged_datum_by_datum():
     found = report(PPCAFit(), PPCAFit.data(400), seed=1)
     assert [status(found)[n] for n in (2, 3, 8)] == ["supported"] * 3
