@@ -1,9 +1,11 @@
 """The sides of `svi.py`: each runs in a process of its own, is built and warmed up once, then times blocks of steps on request.
 
 Protocol, one JSON object a line: the side says `{"build_s": s, "ops": counts}` when it is ready, then answers every
-`{"steps": n}` with `{"cpu": s, "wall": s, "steps": n}` until its input closes. Only one side works at a time.
+`{"steps": n}` with `{"cpu": s, "wall": s, "steps": n}` until its input closes. Only one side works at a time. A side of pgen
+says `{"tier": name, "reason": text}` at last.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -291,16 +293,22 @@ def numpyro_side(size, scan):
 
 # ---------------------------------------------------------------- pgen
 def pgen_fit(size, tier, callback):
-    """Fit the Pyro side's programs without end; the callback takes the turns."""
+    """Fit the Pyro side's programs without end; the callback takes the turns. Without a guide a pair gets a mean-field one."""
     import torch
 
     import pgen
 
-    model, guide, _ = pyro_vae(size) if size else pyro_schools()
+    model, guide = pyro_vae(size)[:2] if size else (pyro_schools()[0], None)
     data, batch = (torch_rows(size), size.batch) if size else (torch.tensor(Y), None)
     optimizer = pgen.training.Adam(lr=1e-3)
-    fit = pgen.Pair(model, guide).fit
-    fit(data, steps=10**12, batch_size=batch, optimizer=optimizer, compile=tier, progress=False, callbacks=[callback])
+    options = {"steps": 10**12, "batch_size": batch, "compile": tier, "progress": False}
+    with contextlib.suppress(NoMoreTurns):
+        pgen.Pair(model, guide).fit(data, optimizer=optimizer, callbacks=[callback], **options)
+    say(tier=callback.run.tier, reason=callback.run.tier_reason)
+
+
+class NoMoreTurns(Exception):
+    """Ends the fit."""
 
 
 class FitTurns:
@@ -309,7 +317,8 @@ class FitTurns:
     def __init__(self, started, count):
         self.started, self.count, self.turns, self.counter = started, count, None, None
 
-    def on_start(self, run): ...
+    def on_start(self, run):
+        self.run = run
 
     def on_validation(self, step, bound, std_error): ...
 
@@ -342,7 +351,7 @@ class FitTurns:
     def next_turn(self, step):
         self.wanted = next(self.turns, None)
         if self.wanted is None:
-            raise SystemExit
+            raise NoMoreTurns
         self.first, self.clock = step, clock()
 
 

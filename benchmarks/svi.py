@@ -71,9 +71,9 @@ class Worker:
             steps *= 4
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        """The side's last words: the tier that ran, of a side of pgen."""
+        last = self.process.communicate()[0].strip()
+        return json.loads(last.splitlines()[-1]) if last.startswith("{") else {}
 
 
 def available(side):
@@ -86,17 +86,18 @@ def available(side):
 
 def measure(model, sides, core, repeats, seconds):
     """{side: medians and minima over interleaved turns} of one model."""
-    workers, turns = [], {}
+    workers, turns, last = [], {}, {}
     try:
-        workers = [Worker(side, model, core) for side in sides]
+        for side in sides:
+            workers.append(Worker(side, model, core))
         steps = {worker.side: worker.steps_for(seconds) for worker in workers}
         for _ in range(repeats):
             for worker in workers:
                 turns.setdefault(worker.side, []).append(worker.turn(steps[worker.side]))
     finally:
         for worker in workers:
-            worker.close()
-    return {worker.side: summary(worker, turns[worker.side], steps[worker.side]) for worker in workers}
+            last[worker.side] = worker.close()
+    return {worker.side: summary(worker, turns[worker.side], steps[worker.side]) | last[worker.side] for worker in workers}
 
 
 def summary(worker, turns, steps):
@@ -166,6 +167,12 @@ def ops_text(rows):
     return f"A step has four sites; torch calls and numbers computed a site: {'; '.join(parts)}. All is overhead."
 
 
+def tier_text(rows):
+    """Which sides of pgen ran in another tier than asked for, and why."""
+    wrong = [(side, row) for side, row in rows.items() if row.get("tier", side.split()[-1]) != side.split()[-1]]
+    return "".join(f"{side} ran in the {row['tier']} tier: {row['reason']}.\n" for side, row in wrong)
+
+
 def cpu_name():
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -220,8 +227,9 @@ def report(result):
     parts = [PREFACE.format(packages=", ".join(f"{k} {v}" for k, v in facts["versions"].items()), scan=SCAN, **facts)]
     for model, entry in result["models"].items():
         parts += [f"## {TITLES[model]}\n", table(entry["sides"]) + "\n"]
+        parts.append(tier_text(entry["sides"]))
         parts.append((floor_text(entry["floor"]) if entry["floor"] else ops_text(entry["sides"])) + "\n")
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def parse():
