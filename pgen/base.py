@@ -683,7 +683,11 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
-        return Adam(0.02), replace(settings, schedule=schedule)
+        return Adam(0.01 if self.guide_name == "flow" else 0.02), replace(settings, schedule=schedule)
+
+    def default_objective(self) -> ELBO:
+        """The ELBO; guides with many parameters get several draws a step."""
+        return ELBO(8 if self.guide_name in ("full_rank", "flow") else 1)
 
     def _divisible(self, batch: Batch) -> bool:
         return False
@@ -710,8 +714,9 @@ class Pair(_Questions):
         Args:
             data: The programs' arguments: a tensor, a tuple (by position) or a dict (by name) of arrays of equal length.
             validation: Held-out arguments.
-            objective: ``pgen.ELBO()`` by default, or ``pgen.IWAE(k)``.
-            optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 with a cosine schedule to zero.
+            objective: ``pgen.ELBO()`` by default (with 8 draws a step for the full-rank and flow guides), or ``pgen.IWAE(k)``.
+            optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 (0.01 for the flow guide) with a cosine
+                schedule to zero.
             epochs: Passes over the data.
             steps: Optimizer steps (default 2000).
             batch_size: Data a step; the plate ``"data"`` is rescaled to the whole data set. Default: all.

@@ -5,6 +5,7 @@ Noise is keyed by a fixed unit of rows and samples, so results do not depend on 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..contracts import Batch
 from ..data.batches import key
-from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, vectorize
+from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, seed_generators, vectorize
+from ..training.capture import CaptureRefused, capture
 
 __all__ = ["At", "importance_bound", "row_units", "take"]
 
@@ -25,6 +27,8 @@ UNIT_ROWS = 64
 """Rows that share one noise key."""
 UNIT_SAMPLES = 64
 """Samples that share one noise key."""
+WORTH_CAPTURING = 100
+"""Units of work above which capturing pays."""
 
 
 class At(Messenger):
@@ -80,16 +84,15 @@ def importance_bound(
     References:
         Burda et al. (2016), arXiv:1509.00519, eq. 8.
     """
-    total = batch_length(batch)
+    total, device = batch_length(batch), _device(batch)
+    weigh = _Weigher(model, guide, batch, num_samples, batch_size)
     bounds, errors = [], []
     for number, rows in row_units(batch):
         unit = take(batch, rows)
         first = second = None
         for chunk, start in enumerate(range(0, num_samples, UNIT_SAMPLES)):
-            count = min(UNIT_SAMPLES, num_samples - start)
-            device = next(t.device for t in torch.utils._pytree.tree_leaves(unit) if isinstance(t, Tensor))
             with keyed_rng(key(seed, "bound", number, chunk), device), rows_at(None), torch.no_grad():
-                log_weight = _log_weights(model, guide, unit, count, batch_size)  # (count, rows)
+                log_weight = weigh(unit, min(UNIT_SAMPLES, num_samples - start))  # (samples, rows)
             first = _accumulate(first, torch.logsumexp(log_weight, 0))
             second = _accumulate(second, torch.logsumexp(2 * log_weight, 0))
         assert first is not None and second is not None
@@ -99,6 +102,42 @@ def importance_bound(
         if progress is not None:
             progress(rows.stop, total)
     return torch.cat(bounds), torch.cat(errors)
+
+
+class _Weigher:
+    """Log-weights of a unit: captured into a graph where there are many units, run as written otherwise."""
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, batch_size: int | None
+    ) -> None:
+        self.model, self.guide, self.batch_size = model, guide, batch_size
+        self.graph: Callable[..., Any] | None = None
+        rows = batch_length(batch)
+        units = (rows // UNIT_ROWS) * (num_samples // UNIT_SAMPLES)
+        if units >= WORTH_CAPTURING and (batch_size or UNIT_ROWS) >= UNIT_ROWS:
+            self._capture(batch)
+
+    def __call__(self, unit: Batch, count: int) -> Tensor:
+        if self.graph is not None and count == UNIT_SAMPLES and batch_length(unit) == UNIT_ROWS:
+            return self.graph(*tree_leaves(unit))[0]
+        return _log_weights(self.model, self.guide, unit, count, self.batch_size)
+
+    def _capture(self, batch: Batch) -> None:
+        first, second = take(batch, slice(0, UNIT_ROWS)), take(batch, slice(-UNIT_ROWS, None))
+        leaves, spec = tree_flatten(first)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return
+
+        def fn(*tensors: Tensor) -> list[Tensor]:
+            return [_log_weights(self.model, self.guide, tree_unflatten(list(tensors), spec), UNIT_SAMPLES, None)]
+
+        device = _device(batch)
+        with keyed_rng(0, device), rows_at(None), torch.no_grad(), contextlib.suppress(CaptureRefused):
+            self.graph = capture(fn, leaves, tree_leaves(second), lambda k: seed_generators(k, device)).forward
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(leaf.device for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:

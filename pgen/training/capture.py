@@ -251,7 +251,9 @@ def _freeze(graph: fx.GraphModule, constant: dict[fx.Node, Any]) -> None:
         name = f"_folded_{i}"
         graph.register_buffer(name, value.contiguous() if value.dim() and 0 in value.stride() else value)
         with graph.graph.inserting_before(node):
-            node.replace_all_uses_with(graph.graph.get_attr(name))
+            attribute = graph.graph.get_attr(name)
+        attribute.meta["val"] = value
+        node.replace_all_uses_with(attribute)
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunction:
