@@ -1,0 +1,163 @@
+"""Named models with small data, for the laws that every one of them must fulfil. A new family joins with one line."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+import pgen
+from pgen.data import Compose, Dequantize, Logit, Standardize
+from pgen.models import VAE, Autoencoder
+
+ROWS, EVENT, LATENT, CONTEXT, CLASSES = 11, (2, 3), 4, 5, 7
+
+# The linear-Gaussian model with every answer known: z ~ N(0, I), x | z ~ N(W z, VARIANCE I).
+W = torch.tensor([[1.0, 1.0], [1.0, -0.5], [0.5, 1.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+VARIANCE = 0.25
+X_KNOWN = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
+LOG_EVIDENCE = -4.669880  # of X_KNOWN, in nats
+ELBO_GAP = -0.5 * math.log(1 - (2 / 7) ** 2)  # 0.0425789, of every x under MEAN_FIELD
+PRECISION = W.T @ W + VARIANCE * torch.eye(2, dtype=torch.float64)
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """What ``make`` gives when torch's generator is seeded; the random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def state(model: nn.Module) -> torch.Tensor:
+    """All parameters and buffers as one float64 vector."""
+    return torch.cat([t.detach().double().reshape(-1) for t in model.state_dict().values()])
+
+
+def gaussian_model(x: torch.Tensor) -> None:
+    """p(x, z) of the linear-Gaussian model."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(W.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W.T, math.sqrt(VARIANCE)).to_event(1), obs=x)
+
+
+def gaussian_guide(x: torch.Tensor) -> None:
+    """The best independent Gaussians: the posterior's mean, and the inverse diagonal of its precision 4 PRECISION."""
+    loc = x @ torch.linalg.solve(PRECISION, W.T).T
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, math.sqrt(1 / 14)).to_event(1))
+
+
+def exact_guide(x: torch.Tensor) -> None:
+    """The posterior."""
+    loc = x @ torch.linalg.solve(PRECISION, W.T).T
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.MultivariateNormal(loc, precision_matrix=PRECISION / VARIANCE))
+
+
+def log_evidence(x: torch.Tensor) -> torch.Tensor:
+    """Exact log p(x) of the linear-Gaussian model, ``(N,)`` in nats."""
+    covariance = W @ W.T + VARIANCE * torch.eye(5, dtype=torch.float64)
+    return torch.distributions.MultivariateNormal(W.new_zeros(5), covariance).log_prob(x)
+
+
+def linear_gaussian() -> pgen.Pair:
+    """A pair with both networks to train: a linear decoder and an amortized guide."""
+    decoder, encoder = nn.Linear(LATENT, 6), nn.Linear(6, 2 * LATENT)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(decoder.weight.new_zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc, log_scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return pgen.Pair(model, guide)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, data for it, and what it can answer.
+
+    Attributes:
+        make: Makes the model; drawn from torch's generator, seeded.
+        x: Data, ``(ROWS, *event)``.
+        context: Context of each datum.
+        kind: Kind of ``log_prob``; None where it has none.
+        lacks: Questions that raise NotAvailable.
+    """
+
+    make: Callable[[], Any]
+    x: torch.Tensor
+    context: torch.Tensor | None = None
+    kind: str | None = "lower_bound"
+    lacks: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def model(self, seed: int = 0) -> Any:
+        """A fresh model."""
+        return seeded(self.make, seed)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The context as an argument, where there is one."""
+        return {} if self.context is None else {"context": self.context}
+
+    def fit(self, model: Any, steps: int = 3, **options: Any) -> pgen.Run:
+        """A short fit in minibatches with a ragged last one."""
+        given = {"batch_size": 4, "progress": False, "compile": "eager", **self.options, **options}
+        return model.fit(self.x, steps=steps, **self.named, **given)
+
+    def sample(self, model: Any, n: int, seed: int = 0) -> torch.Tensor:
+        """Draws of x, ``(n, *event)``."""
+        if isinstance(model, pgen.Pair):
+            return model.sample(n, self.x[:1], seed=seed)["x"][:, 0]
+        return model.sample(n, None if self.context is None else self.context[:1], seed=seed)
+
+    def log_prob(self, model: Any, **options: Any) -> pgen.Score:
+        """Scores of the data."""
+        return model.log_prob(self.x, **self.named, **options)
+
+    def reload(self, model: Any, path: Any) -> Any:
+        """The model, saved and loaded."""
+        model.save(path)
+        return self.model(seed=9).load(path) if isinstance(model, pgen.Pair) else pgen.load(path)
+
+
+def _draws(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return seeded(make, seed=3)
+
+
+_BITS = _draws(lambda: torch.bernoulli(torch.rand(ROWS, *EVENT)))
+_CLASSES = _draws(lambda: torch.randint(0, CLASSES, (ROWS, *EVENT)))
+_REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
+_CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
+_NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
+
+
+def vae(likelihood: str, **options: Any) -> Callable[[], VAE]:
+    """Makes a tiny VAE."""
+    return lambda: VAE(EVENT, LATENT, (6,), likelihood=likelihood, **options)
+
+
+CASES: dict[str, Case] = {
+    "vae_bernoulli": Case(vae("bernoulli"), _BITS),
+    "vae_bernoulli_context": Case(vae("bernoulli", context_dim=CONTEXT), _BITS, _CONTEXT),
+    "vae_categorical": Case(vae("categorical", num_classes=CLASSES), _CLASSES),
+    "vae_categorical_context": Case(vae("categorical", num_classes=CLASSES, context_dim=CONTEXT), _CLASSES, _CONTEXT),
+    "vae_gaussian": Case(vae("gaussian"), _REALS),
+    "vae_gaussian_context": Case(vae("gaussian", context_dim=CONTEXT), _REALS, _CONTEXT),
+    "vae_standardized": Case(lambda: vae("gaussian", preprocess=Standardize())(), _REALS),
+    "vae_dequantized": Case(
+        lambda: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(), _CLASSES.float()
+    ),
+    "autoencoder": Case(lambda: Autoencoder(EVENT, LATENT, (6,)), _REALS, kind=None, lacks=_NO_DENSITY),
+    "linear_gaussian_pair": Case(linear_gaussian, _REALS.flatten(1)),
+}
+"""Every family in its main variants, and a pair of the user's own."""

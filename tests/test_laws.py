@@ -1,0 +1,228 @@
+"""Laws that every model in ``cases.py`` fulfils."""
+
+import math
+import random
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from cases import CASES, state
+
+import pgen
+from pgen.objectives import ELBO
+
+cases = pytest.mark.parametrize("name", CASES)
+scored = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind])
+
+
+def answers(case, model):
+    """All that a model answers about its case's data, as tensors."""
+    found = []
+    if hasattr(model, "encode"):
+        found.append(model.encode(case.x, **case.named, seed=4))
+        found.append(model.reconstruct(case.x, **case.named, seed=4))
+    if case.kind:
+        score = case.log_prob(model, num_samples=5, seed=4)
+        found += [score.value, score.mc_error, case.sample(model, 6, seed=4)]
+        found += model.predict(case.x, num_samples=3, seed=4, **case.named).values()
+    return found
+
+
+def equal(these, those):
+    return len(these) == len(those) and all(torch.equal(a, b) for a, b in zip(these, those))
+
+
+def global_state():
+    python, numpy = random.getstate(), np.random.get_state()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "python": hash(python),
+        "numpy": (numpy[1].tolist(), numpy[2:]),
+        "dtype": torch.get_default_dtype(),
+        "validation": torch.distributions.Distribution._validate_args,
+        "pyro validation": pyro.distributions.validation_enabled.__wrapped__ and pyro.poutine.runtime._PYRO_STACK == [],
+        "params": list(pyro.get_param_store().keys()),
+        "module_local": pyro.settings.get("module_local_params"),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_a_loaded_model_gives_the_same_bits(name, tmp_path):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    again = case.reload(model, tmp_path / "model.pgen")
+    assert equal(answers(case, model), answers(case, again))
+    # Without an answer in common, equality would say nothing.
+    assert answers(case, model) and not equal(answers(case, model), answers(case, _other(case)))
+
+
+def _other(case):
+    model = case.model(seed=8)
+    case.fit(model)
+    return model
+
+
+# --- samples -------------------------------------------------------------------------------------------------------------
+
+
+@scored
+def test_samples_have_the_shape_and_dtype_of_the_data(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    x = case.sample(model, 6, seed=1)
+    assert x.shape == (6, *case.x.shape[1:])
+    assert x.dtype == case.x.dtype
+    assert torch.equal(x, case.sample(model, 6, seed=1))
+    assert not torch.equal(x, case.sample(model, 6, seed=2))
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.context is not None])
+def test_samples_listen_to_their_context(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    each = model.sample(len(case.x), case.context, seed=1)
+    assert each.shape == case.x.shape
+    first = model.sample(len(case.x), case.context[:1], seed=1)
+    assert torch.equal(each[0], first[0]) and not torch.equal(each, first)
+
+
+# --- densities -----------------------------------------------------------------------------------------------------------
+
+
+@scored
+def test_log_prob_is_one_finite_number_a_datum(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    score = case.log_prob(model, num_samples=7)
+    assert score.kind == case.kind
+    assert score.value.shape == (len(case.x),) and score.value.dtype == torch.float64
+    assert bool(torch.isfinite(score.value).all())
+    assert score.num_samples == 7 and bool((score.mc_error >= 0).all())
+    assert score.event_size == math.prod(case.x.shape[1:])
+
+
+@scored
+def test_log_prob_does_not_depend_on_the_batch_size(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    whole = case.log_prob(model, num_samples=70, seed=1)
+    parts = case.log_prob(model, num_samples=70, seed=1, batch_size=3)
+    # The noise is the same; matrix products of other sizes may round otherwise.
+    torch.testing.assert_close(whole.value, parts.value, rtol=1e-6, atol=1e-5)
+    assert not torch.equal(whole.value, case.log_prob(model, num_samples=70, seed=2).value)
+    assert torch.equal(whole.value, case.log_prob(model, num_samples=70, seed=1).value)
+
+
+@scored
+def test_more_samples_give_a_higher_bound_on_average(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    few = torch.stack([case.log_prob(model, num_samples=1, seed=s).value for s in range(30)]).mean()
+    assert case.log_prob(model, num_samples=200).mean > float(few)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "pair" not in name and case.kind])
+def test_posterior_draws_weigh_as_log_prob_does(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    draws = model.draw(case.x, 40, seed=1, **case.named)
+    assert all(value.shape[:2] == (40, len(case.x)) for value in draws.values.values())
+    assert draws.log_p_rows.shape == draws.log_q_rows.shape == (40, len(case.x))
+    torch.testing.assert_close(draws.log_p_rows.sum(1), draws.log_p)
+    torch.testing.assert_close(draws.log_q_rows.sum(1), draws.log_q)
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_every_parameter_gets_a_gradient(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    objective = model.default_objective()
+    batch = {"x": case.x, **case.named} if not isinstance(model, pgen.Pair) else case.x
+    loss, _ = model.loss(objective, batch, {"num_data": float(len(case.x))})
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)]
+    assert not silent
+
+
+@cases
+def test_fit_and_questions_change_nothing_global(name, tmp_path):
+    case = CASES[name]
+    model = case.model()
+    before = global_state()
+    case.fit(model, compile="graph", validation=case.x, **_held_out(case))
+    answers(case, model)
+    assert global_state() == before
+
+
+def _held_out(case):
+    return {} if case.context is None else {"validation_context": case.context}
+
+
+@cases
+def test_models_trained_in_turn_are_as_if_trained_alone(name):
+    case = CASES[name]
+    alone = []
+    for seed in (0, 1):
+        model = case.model(seed)
+        for _ in range(2):
+            case.fit(model, seed=seed + 5)
+        alone.append(state(model))
+    pair = [case.model(0), case.model(1)]
+    for _ in range(2):
+        for seed, model in enumerate(pair):
+            case.fit(model, seed=seed + 5)
+    assert torch.equal(state(pair[0]), alone[0])
+    assert torch.equal(state(pair[1]), alone[1])
+    assert not torch.equal(alone[0], alone[1])
+
+
+@cases
+def test_the_same_seed_gives_the_same_bits(name):
+    case = CASES[name]
+    states = []
+    for unrelated in (0, 3):
+        torch.rand(unrelated)
+        model = case.model()
+        torch.rand(unrelated)
+        case.fit(model, seed=2)
+        states.append(state(model))
+    assert torch.equal(*states)
+
+
+# --- what is not offered ---------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_what_a_family_cannot_answer_says_so(name):
+    case = CASES[name]
+    model = case.model()
+    case.fit(model)
+    for question in case.lacks:
+        with pytest.raises(pgen.NotAvailable, match=r"autoencoder has no .*VAE"):
+            getattr(model, question)(case.x)
+
+
+def test_loss_is_the_bound_of_the_objective_given():
+    case = CASES["vae_gaussian"]
+    model = case.model()
+    run = case.fit(model, objective=ELBO(num_particles=3), steps=1, batch_size=len(case.x))
+    assert math.isclose(run.history["loss"][0], -(run.history["log_likelihood"][0] - run.history["kl"][0]), rel_tol=1e-5)
