@@ -231,11 +231,17 @@ class _Questions(nn.Module):
         files.write(path, self.state_dict(), {**metadata, "preprocess": preprocess, "pgen_version": __version__})
 
 
+_FIT_ARGUMENTS = (
+    "validation", "context", "objective", "optimizer", "epochs", "steps", "batch_size", "seed", "checkpoint", "callbacks",
+    "progress",
+)  # fmt: skip
+
+
 def _training(training: Training | None, options: dict[str, Any]) -> Training:
     names = [f.name for f in fields(Training)]
     for name in options:
         if name not in names:
-            raise TypeError(f"fit() got an unknown option {name!r}{nearest(name, names)}")
+            raise TypeError(f"fit() got an unknown option {name!r}{nearest(name, [*_FIT_ARGUMENTS, *names])}")
     return replace(training or Training(), **options)
 
 

@@ -490,8 +490,10 @@ def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
     for name, site in latents.items():
         if name not in proposals:
             kind = " (it is discrete, and enumeration is not offered here)" if site["fn"].has_enumerate_support else ""
+            stray = next((n for n in proposals if n not in model_trace.nodes), None)
+            instead = "" if stray is None else f" (it samples {stray!r}, which the model does not)"
             raise ValueError(
-                f"the guide lacks the latent {name!r}{kind}; add pyro.sample({name!r}, ...) to the guide, "
+                f"the guide lacks the latent {name!r}{kind}{instead}; add pyro.sample({name!r}, ...) to the guide, "
                 f"or let pgen write one: Pair(model, guide='mean_field')"
             )
     for name, site in proposals.items():

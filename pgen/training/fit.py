@@ -272,10 +272,12 @@ class _Loop:
         return (index + 1 + rows) % self.num_data
 
     def raise_to_graph(self, step: int) -> bool:
-        """Capture; on refusal stay eager and remember why."""
+        """Capture, for the ragged last batch too; on refusal stay eager and remember why."""
+        last = (step // len(self.batches) + 1) * len(self.batches) - 1
         try:
             self.tier = "graph"
-            self.runner(self.index(step), step)
+            for number in (step, last):
+                self.runner(self.index(number), number)
             return True
         except CaptureRefused as refusal:
             self.tier, self.reason = "eager", str(refusal)
