@@ -12,6 +12,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -42,7 +44,7 @@ from .programs import (
 )
 from .training.callbacks import Callback
 from .training.checkpoint import Checkpoint
-from .training.fit import NonFinite, Training
+from .training.fit import NonFinite, Training, augmented
 from .training.fit import fit as fit_loop
 from .training.optim import Adam
 
@@ -172,7 +174,7 @@ class _Questions(nn.Module):
         validation = None if validation is None else place(validation, device, settings.dtype)
         if self.last_run is None:
             self.prime(data)
-        self._first_look(data, size, seed)
+        self._first_look(data, size, seed, settings)
         self.to(device=device, dtype=settings.dtype)
         store = None if checkpoint is None else Checkpoint(Path(checkpoint))
         try:
@@ -193,12 +195,13 @@ class _Questions(nn.Module):
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         return Adam(1e-3), settings
 
-    def _first_look(self, data: Batch, batch_size: int, seed: int) -> None:
+    def _first_look(self, data: Batch, batch_size: int, seed: int, settings: Training) -> None:
         """Create lazy parameters, then run both programs strictly on the first rows."""
         num_data = batch_length(data)
         first = take(data, slice(0, batch_size))
         device = _device(data)
         with keyed_rng(key(seed, "init"), device), torch.no_grad():
+            first = augmented(first, settings.augment)
             self.materialize(first, num_data, minibatch=batch_size < num_data)
             index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
             with keyed_rng(key(seed, "check"), device), isolated(self.home, validate=True), rows_at(index), _evaluating(self):
@@ -615,8 +618,8 @@ def _predict(
 
     def once() -> dict[str, Tensor]:
         trace = poutine.trace(guide).get_trace(*_positional(batch), **_named(batch))
-        free = poutine.uncondition(model)
-        replayed = poutine.trace(poutine.replay(free, trace=trace)).get_trace(*_positional(batch), **_named(batch))
+        with UnconditionMessenger(), ReplayMessenger(trace=trace):
+            replayed = poutine.trace(model).get_trace(*_positional(batch), **_named(batch))
         return {
             name: site["value"]
             for name, site in replayed.nodes.items()

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -316,7 +317,8 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch,
         double: Whether to reduce log-densities in float64.
     """
     guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*_args(batch), **_kwargs(batch))
+    with ReplayMessenger(trace=guide_trace):  # not poutine.replay(model): its wrapper takes a keyword `context` for its own
+        model_trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
     return Traces(_terms(model_trace, double), _terms(guide_trace, double), _subsampled(model_trace))
 
 
@@ -471,7 +473,8 @@ def check_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batc
             log-density that is not finite.
     """
     guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*_args(batch), **_kwargs(batch))
+    with ReplayMessenger(trace=guide_trace):
+        model_trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
     _check_sites(model_trace, guide_trace)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in trace.nodes.values():

@@ -28,7 +28,7 @@ from .progress import Progress
 from .schedule import Schedule, multiplier
 from .step import Step
 
-__all__ = ["NonFinite", "Training", "fit"]
+__all__ = ["NonFinite", "Training", "augmented", "fit"]
 
 _TIERS = ("auto", "eager", "graph", "compiled")
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -185,6 +185,16 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+def augmented(batch: Batch, augment: Callable[[Tensor], Tensor] | None) -> Batch:
+    """The batch with its first tensor (``"x"`` of a dict that has one) replaced by a random function of it."""
+    if augment is None:
+        return batch
+    if isinstance(batch, dict):
+        name = "x" if "x" in batch else next(iter(batch))
+        return {**batch, name: augment(batch[name])}
+    return (augment(batch[0]), *batch[1:]) if isinstance(batch, tuple) else augment(batch)
+
+
 class _Loop:
     """State of one fit."""
 
@@ -228,9 +238,7 @@ class _Loop:
         leaves = list(self.leaves)
         for i, tensor in zip(self.sliced, tensors):
             leaves[i] = tensor if index is None else tensor.index_select(0, index)
-        if self.training.augment is not None:
-            leaves[self.sliced[0]] = self.training.augment(leaves[self.sliced[0]])
-        return tree_unflatten(leaves, self.spec)
+        return augmented(tree_unflatten(leaves, self.spec), self.training.augment)
 
     def _loss(self, tensors: list[Tensor], index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         with rows_at(index), self._autocast():
