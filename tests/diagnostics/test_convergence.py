@@ -21,12 +21,12 @@ def test_steps_not_logged_do_not_change_the_rate():
     assert plateau(sparse).rate == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize(("num_steps", "ar"), [(300, 0.0), (1000, 0.5), (3000, 0.9)])
-def test_intervals_hold_a_flat_bound_about_as_often_as_they_say(num_steps, ar):
+@pytest.mark.parametrize(("num_steps", "ar", "most"), [(300, 0.0, 13), (1000, 0.5, 13), (3000, 0.9, 13), (1000, 0.97, 25)])
+def test_intervals_hold_a_flat_bound_about_as_often_as_they_say(num_steps, ar, most):
     outside = [
         not found.ci_low < 0 < found.ci_high for found in (plateau(flat_run(num_steps, ar=ar, seed=s)) for s in range(100))
     ]
-    assert 0 < np.sum(outside) <= 13
+    assert 0 < np.sum(outside) <= most
 
 
 def test_correlated_noise_widens_the_interval():

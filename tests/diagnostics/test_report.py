@@ -94,6 +94,12 @@ def test_local_latents_are_judged_datum_by_datum():
     assert found.parameters.empty and found.idata.posterior.sizes["data"] == 256
 
 
+def test_sampling_noise_does_not_count_as_error():
+    found = report(PPCAFit(), PPCAFit.data(250), num_samples=200)  # means are exact, and each is measured to 0.04
+    table = found.evidence.components
+    assert (table[table["kind"] == "shift"]["estimate"] < 0.025).all()
+
+
 def test_local_latents_with_a_narrow_guide():
     found = report(PPCAFit(scale=0.8), PPCAFit.data(100), seed=1)
     assert status(found)[3] == "contradicted" and "average over the data, with its sign, is 0." in found.rows[2].explanation
