@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svi import cpu_name
 
 import pgen
 
 HELD_OUT = 1000
 POINTS = 20  # of the curve
-TRIAL_S = 10.0  # of steps in the chosen tier, to learn how many fit
 STAGES = 8
 
 
@@ -47,120 +47,100 @@ def binarise(images, seed):
     return torch.bernoulli(images, generator=torch.Generator().manual_seed(seed))
 
 
-def exponential(first, last, total):
-    """Multiplier of `first` that reaches `last` after `total` steps."""
-    return lambda step: (last / first) ** (step / total)
-
-
-def staged(total):
-    """The paper's stages i = 0..7 of 3^i epochs at 10^(-i/7) of the first rate, stretched over `total` steps."""
-    ends = [total * (3**i - 1) / (3**STAGES - 1) for i in range(1, STAGES + 1)]
-    return lambda step: 10 ** (-next((i for i, end in enumerate(ends) if step < end), STAGES - 1) / 7)
+def staged(progress):
+    """The paper's stages i = 0..7 of 3^i epochs at 10^(-i/7) of the first rate."""
+    ends = [(3**i - 1) / (3**STAGES - 1) for i in range(1, STAGES)]
+    return 10 ** (-sum(progress >= end for end in ends) / (STAGES - 1))
 
 
 class EnoughTime(Exception):
-    """The trial has seen enough."""
+    """Ends the fit."""
 
 
-class Trial(pgen.training.Callback):
-    """Measures the seconds a step over the second half of a time, then ends the fit."""
+class Watch(pgen.training.Callback):
+    """Keeps the time, ends the fit, and draws the curve at even times; what the curve costs does not count as training.
 
-    def __init__(self, seconds):
-        self.seconds, self.marks = seconds, []
+    Args:
+        vae: The model that is being fitted.
+        images: Held-out images of the curve.
+        seconds: Training time.
+        steps: Exactly so many steps, instead of the time.
+    """
 
-    def on_log(self, step, metrics):
-        now = time.perf_counter()
-        if len(self.marks) < 2 and (not self.marks or now - self.marks[0][0] > self.seconds / 2):
-            self.marks.append((now, step))
-        elif now - self.marks[0][0] > self.seconds:
-            self.step_s = (now - self.marks[1][0]) / (step - self.marks[1][1])
-            raise EnoughTime
+    def __init__(self, vae, images, seconds, steps):
+        self.vae, self.images, self.limit, self.steps = vae, images, seconds, steps
+        self.rows, self.spent, self.elapsed = [], 0.0, 0.0
 
-
-class Curve(pgen.training.Callback):
-    """Bounds on held-out images at even times; its own time does not count as training."""
-
-    def __init__(self, vae, images, seconds):
-        self.vae, self.images, self.every, self.rows, self.spent = vae, images, seconds / POINTS, [], 0.0
+    def progress(self, step):
+        """From 0 to 1, for the learning rate; by time it moves on a block of steps at a time."""
+        return step / self.steps if self.steps else min(self.elapsed / self.limit, 1.0)
 
     def on_start(self, run):
-        self.start = self.due = time.perf_counter()
+        self.run, self.start = run, time.perf_counter()
 
     def on_log(self, step, metrics):
-        if time.perf_counter() - self.spent >= self.due:
+        self.elapsed = time.perf_counter() - self.start - self.spent
+        over = step >= self.steps if self.steps else self.elapsed >= self.limit
+        if over or self.progress(step) * POINTS >= len(self.rows) + 1:
             self.measure(step, metrics["loss"])
-            self.due += self.every
+        if over:
+            raise EnoughTime
 
     def measure(self, step, loss):
         began = time.perf_counter()
         bound = self.vae.log_prob(self.images, num_samples=100, seed=0)
         elbo = self.vae.log_prob(self.images, num_samples=1, seed=0)
-        row = {"minutes": (began - self.spent - self.start) / 60, "step": step, "train_loss": loss}
+        row = {"minutes": self.elapsed / 60, "step": step, "train_loss": loss}
         row |= {"validation_elbo": elbo.mean, "validation_iw100": bound.mean, "std_error": bound.std_error}
         self.rows.append(row)
         print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
         self.spent += time.perf_counter() - began
 
 
-def new_vae(seed):
-    """Weights by Glorot's uniform rule; the first fit starts the output's bias at the logit of the mean image."""
-    torch.manual_seed(seed)
-    return pgen.models.VAE((28, 28), latent_dim=50, hidden=(200, 200), activation=torch.nn.Tanh, likelihood="bernoulli")
-
-
-def steps_within(fit, arguments):
-    """Steps that the time allows, by a trial of the same fit in the same tier."""
-    began, trial = time.perf_counter(), Trial(TRIAL_S)
-    with contextlib.suppress(EnoughTime):
-        fit(steps=10**9, callbacks=[trial])
-    spent = time.perf_counter() - began
-    print(f"{trial.step_s * 1e3:.3f} ms a step in a trial of {spent:.0f} s")
-    return max(1, int((arguments.minutes * 60 - spent) / trial.step_s))
-
-
 def train(arguments, images, held_out):
-    """The trained VAE, its run, its curve, and the training minutes (trial and compilation included)."""
-    rate = 1e-3 if arguments.paper else arguments.lr
-    options = {
-        "augment": torch.bernoulli,
-        "objective": pgen.IWAE(arguments.k),
-        "optimizer": pgen.training.Adam(rate, betas=(0.9, 0.999), eps=1e-4),
-        "batch_size": arguments.batch,
-        "seed": arguments.seed,
-        "compile": arguments.compile,
-    }
-    began = time.perf_counter()
-
-    def trial(**more):
-        return new_vae(arguments.seed).fit(images, progress=False, **options, **more)
-
-    steps = arguments.steps or steps_within(trial, arguments)
-    schedule = staged(steps) if arguments.paper else exponential(rate, arguments.final_lr, steps)
-    vae = new_vae(arguments.seed)
-    curve = Curve(vae, held_out, arguments.minutes * 60)
-    run = vae.fit(images, steps=steps, schedule=schedule, callbacks=[curve], progress=arguments.progress, **options)
-    minutes = (time.perf_counter() - began - curve.spent) / 60
-    curve.measure(run.steps, float(run.history["loss"][-1000:].mean()))
-    return vae, run, curve.rows, minutes
+    """The trained VAE and what was watched; capture and compilation belong to the training time."""
+    torch.manual_seed(arguments.seed)
+    vae = pgen.models.VAE((28, 28), latent_dim=50, hidden=(200, 200), activation=torch.nn.Tanh, likelihood="bernoulli")
+    watch = Watch(vae, held_out, arguments.minutes * 60, arguments.steps)
+    first, last = (1e-3, 1e-4) if arguments.paper else (arguments.lr, arguments.final_lr)
+    decay = staged if arguments.paper else lambda progress: (last / first) ** progress
+    with contextlib.suppress(EnoughTime):
+        vae.fit(
+            images,
+            augment=torch.bernoulli,
+            objective=pgen.IWAE(arguments.k),
+            optimizer=pgen.training.Adam(first, betas=(0.9, 0.999), eps=1e-4),
+            schedule=lambda step: decay(watch.progress(step)),
+            steps=arguments.steps or 10**9,
+            batch_size=arguments.batch,
+            seed=arguments.seed,
+            compile=arguments.compile,
+            progress=arguments.progress,
+            callbacks=[watch],
+        )
+    return vae, watch
 
 
-def facts(arguments, run, minutes, images):
+def facts(arguments, watch, images):
+    run = watch.run
     versions = {name: version(name) for name in ("torch", "pyro-ppl", "numpy")}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python benchmarks/iwae_mnist.py " + " ".join(sys.argv[1:]),
         "versions": versions | {"pgen": pgen.__version__, "python": platform.python_version()},
-        "machine": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "seed": arguments.seed,
         "k": arguments.k,
         "batch": arguments.batch,
         "rates": "paper's stages" if arguments.paper else [arguments.lr, arguments.final_lr],
-        "training_minutes": minutes,
+        "training_minutes": watch.elapsed / 60,
+        "curve_minutes": watch.spent / 60,
         "steps": run.steps,
         "epochs": run.epochs,
         "tier": run.tier,
+        "tier_reason": run.tier_reason,
         "skipped_steps": run.skipped,
         "train_images": len(images),
     }
@@ -187,9 +167,9 @@ def draw(rows, result, path):
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    minutes = [row["minutes"] for row in rows[1:]]
+    minutes = [row["minutes"] for row in rows]
     for name, label in (("validation_elbo", "ELBO"), ("validation_iw100", "100-sample bound")):
-        axes.plot(minutes, [-row[name] for row in rows[1:]], label=f"held out, minus {label}")
+        axes.plot(minutes, [-row[name] for row in rows], label=f"held out, minus {label}")
     label = f"test, {result['samples']} samples: {result['test_nll']:.2f}"
     axes.axhline(result["test_nll"], color="k", lw=0.8, ls="--", label=label)
     axes.set(xlabel="wall minutes of training", ylabel="nats a datum", title=f"IWAE, k = {result['k']}, dynamic MNIST")
@@ -211,16 +191,16 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files, plain or gzipped")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve.csv, curve.png, result.json")
-    parser.add_argument("--minutes", type=float, default=20.0, help="training, trial and compilation included; not evaluation")
-    parser.add_argument("--steps", type=int, help="exactly so many steps, instead of the trial")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, compilation included; not evaluation")
+    parser.add_argument("--steps", type=int, help="exactly so many steps, instead of a time")
     parser.add_argument("--k", type=int, default=1, choices=(1, 5, 50))
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--final-lr", type=float, default=1e-4)
-    parser.add_argument("--paper", action="store_true", help="the paper's rates in its eight stages, stretched over the steps")
+    parser.add_argument("--paper", action="store_true", help="the paper's rates in its eight stages, squeezed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", default="compiled", choices=("auto", "eager", "graph", "compiled"))
+    parser.add_argument("--compile", default="auto", choices=("auto", "eager", "graph", "compiled"))
     parser.add_argument("--samples", type=int, default=5000, help="of the test bound")
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--progress", action="store_true")
@@ -233,13 +213,11 @@ def main():
     grey = read_idx(arguments.data / "train-images-idx3-ubyte")
     images, held_out = grey[:-HELD_OUT], binarise(grey[-HELD_OUT:], seed=1)
     test = binarise(read_idx(arguments.data / "t10k-images-idx3-ubyte")[: arguments.test_images], seed=2)
-    vae, run, rows, minutes = train(arguments, images, held_out)
-    result = facts(arguments, run, minutes, images) | evaluate(vae, test, arguments)
-    write(arguments.out, rows, result)
-    print(run)
-    print(
-        f"test NLL {result['test_nll']:.2f} ± {result['std_error']:.2f} nats by {arguments.samples} samples, {minutes:.1f} min"
-    )
+    vae, watch = train(arguments, images, held_out)
+    result = facts(arguments, watch, images) | evaluate(vae, test, arguments)
+    write(arguments.out, watch.rows, result)
+    print("{steps} steps, {epochs:.0f} epochs, {training_minutes:.1f} minutes of training, {tier} tier".format(**result))
+    print("test NLL {test_nll:.2f} ± {std_error:.2f} nats by the {samples}-sample bound".format(**result))
 
 
 if __name__ == "__main__":
