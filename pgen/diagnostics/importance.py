@@ -86,8 +86,8 @@ def psis(log_weight: Any, *, dim: Sequence[str] = ("chain", "draw"), resolution:
         Vehtari et al. (2024), arXiv:1507.02646; Zhang and Stephens (2009), Technometrics 51(3).
 
     Example:
-        >>> psis(np.zeros(100)).status.item(), psis(np.zeros(100)).ess.item()
-        ('constant', 100.0)
+        >>> psis(np.zeros(64)).status.item(), round(psis(np.zeros(64)).ess.item(), 6)
+        ('constant', 64.0)
     """
     import xarray as xr
 
