@@ -173,7 +173,8 @@ class _Questions(nn.Module):
         data = place(data, device, settings.dtype)
         validation = None if validation is None else place(validation, device, settings.dtype)
         if self.last_run is None:
-            self.prime(data)
+            with keyed_rng(key(seed, "prime"), device):
+                self.prime(data)
         self._first_look(data, size, seed, settings)
         self.to(device=device, dtype=settings.dtype)
         store = None if checkpoint is None else Checkpoint(Path(checkpoint))

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..base import GenerativeModel
 from ..contracts import Batch, Kind, NotAvailable, check_positive
+from ..data.batches import key
 from ..data.transforms import Transform
 from ..nn import ACTIVATIONS, MLP, flatten
+from ..programs import keyed_rng
 
 __all__ = ["Autoencoder", "SquaredError"]
 
@@ -110,13 +112,13 @@ class Autoencoder(GenerativeModel):
     def encode(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
         """Codes, ``(N, latent_dim)``."""
         batch = self._batch("x", x, context)
-        with torch.no_grad():
+        with torch.no_grad(), keyed_rng(key(seed, "encode"), batch["x"].device):
             return self.code(self._prepared(batch)[0]["x"])
 
     def reconstruct(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
         """g(f(x)) in the units of the data."""
         batch = self._batch("x", x, context)
-        with torch.no_grad():
+        with torch.no_grad(), keyed_rng(key(seed, "encode"), batch["x"].device):
             out = self.model(self._prepared(batch)[0]["x"])
             return out if self.preprocess is None else self.preprocess.inverse(out)
 
