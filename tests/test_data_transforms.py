@@ -109,7 +109,7 @@ def test_standardize_by_hand():
 
 
 def test_standardize_takes_its_statistics_in_float64():
-    x = (1e4 + torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).float()
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 1e30  # its square overflows in float32
     assert torch.allclose(Standardize().fit(x).sd.double(), x.double().std(0, correction=0), rtol=1e-6)
 
 
@@ -129,6 +129,11 @@ def test_standardize_refuses_a_constant_column(value):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"constant in column \(0, 0\)"):
         Standardize().fit(digits().train)
+
+
+def test_standardize_refuses_a_constant_whose_mean_is_rounded():
+    with pytest.raises(ValueError, match="constant in column 0"):
+        Standardize().fit(torch.full((1000,), 0.1, dtype=torch.float64))
 
 
 def test_standardize_checks_shapes():
