@@ -525,7 +525,9 @@ class GenerativeModel(_Questions, PyroModule):
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data, context)
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
-            return _draw(*self.programs(), self.prepare(batch), num_samples, seed)
+            prepared, log_det = self._prepared(batch)
+            draws = _draw(*self.programs(), prepared, num_samples, seed)
+        return draws if log_det is None else _in_user_units(draws, batch["x"], log_det.double())
 
     def posterior(self, x: Any, num_samples: int = 1000, *, context: Any = None, seed: int = 0) -> xarray.DataTree:
         """Draws of the latents given x as a DataTree, dims ``(chain=1, draw, data, ...)``."""
@@ -609,6 +611,18 @@ def _join(parts: list[Draws]) -> Draws:
         values={name: cat([p.values[name] for p in parts]) for name in first.values},
         log_likelihood={name: cat([p.log_likelihood[name] for p in parts]) for name in first.log_likelihood},
         **{n: cat([getattr(p, n) for p in parts]) for n in ("log_p", "log_q", "log_p_rows", "log_q_rows")},
+    )
+
+
+def _in_user_units(draws: Draws, x: Tensor, log_det: Tensor) -> Draws:
+    """Densities of x itself instead of preprocessed x."""
+    rows = draws.log_p_rows
+    return replace(
+        draws,
+        observed={**draws.observed, "x": x},
+        log_p=draws.log_p + log_det.sum(),
+        log_p_rows=None if rows is None else rows + log_det,
+        log_likelihood={**draws.log_likelihood, "x": draws.log_likelihood["x"] + log_det},
     )
 
 

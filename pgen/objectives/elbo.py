@@ -120,8 +120,8 @@ def _particle(traces: Traces, num_data: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _score_function(term: Term, local: Tensor | None, outside: Tensor, num_data: float) -> Tensor:
-    """REINFORCE with the signal that the site can influence: its own datum inside the plate, everything outside it."""
+    """REINFORCE: inside the plate a site is judged by its own datum and by what is shared, outside it by everything."""
     if term.local and local is not None:
-        return (term.rows * local.detach()).sum() / len(local)
+        return (term.rows * (local / len(local) + outside / num_data).detach()).sum()
     total = outside if local is None else outside + local.sum() * (num_data / len(local))
     return term.rows * total.detach() / num_data
