@@ -14,6 +14,7 @@ export MPLBACKEND := agg
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/python -m pytest
 

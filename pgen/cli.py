@@ -85,17 +85,17 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _terminable(), contextlib.redirect_stdout(sys.stderr if as_json else stdout):
             result = app(list(arguments), prog_name="pgen", standalone_mode=False)
-    except Exception as error:
-        return _failed(error, arguments, as_json)
-    if not isinstance(result, Result):  # help was shown, or an interrupt came where there was nothing to save
-        return 143 if signal.SIGTERM in _signals else int(result or 0)
-    try:
+        if not isinstance(result, Result):  # help was shown, or an interrupt came where there was nothing to save
+            return 143 if signal.SIGTERM in _signals else int(result or 0)
         if as_json:
             print(json.dumps(runs.plain(result.data), allow_nan=False), file=stdout, flush=True)
         else:
             result.show(_console())
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        return 0
+    except Exception as error:
+        return _failed(error, arguments, as_json)
     return result.code
 
 
@@ -400,20 +400,25 @@ def _facts(console: Console, facts: dict[str, Any]) -> None:
 
 def _show_record(console: Console, record: dict[str, Any]) -> None:
     model, data, done = record["model"], record["data"], record["run"]
-    shape = "" if data["shape"] is None else f"of shape {tuple(data['shape'])}"
-    program = f"{model.get('file')}:{', '.join(model.get('names', ()))} {model.get('guide') or ''}"
-    settings = ", ".join(f"{name}={value}" for name, value in model.get("settings", {}).items() if value is not None)
-    error = f" ± {done['bound_std_error']:.3f}" if done["bound_std_error"] is not None else ""
+    program = f"{model.get('file')}:{', '.join(map(str, model.get('names') or ()))} {model.get('guide') or ''}"
+    settings = ", ".join(f"{name}={value}" for name, value in (model.get("settings") or {}).items() if value is not None)
+    shape = f" of shape {tuple(data['shape'])}" if data["shape"] else ""
     held = f", {data['validation']} held out" if data["validation"] else ""
-    prepared = "".join(f", {name.replace('_', ' ')} {value}" for name, value in data.get("prepared", {}).items())
+    prepared = "".join(f", {name.replace('_', ' ')} {value}" for name, value in data["prepared"].items())
+    error = f" ± {_number(done['bound_std_error'])}" if done["bound_std_error"] is not None else ""
     facts = {
-        "model": f"{model['family']} ({settings})" if "family" in model else program.strip(),
-        "data": f"{data['source']}: {data['train']} {shape}{held}{prepared.replace(' True', '')}",
-        "bound": f"{done['bound']:.3f}{error} nats a datum ({done['bound_of']})",
-        "training": f"{done['steps']} steps, {done['epochs']:.1f} epochs, {done['seconds']:.1f} s, seed {done['seed']}",
+        "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
+        "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
+        "bound": f"{_number(done['bound'])}{error} nats a datum ({done['bound_of']})",
+        "training": f"{done['steps']} steps, {_number(done['epochs'], 1)} epochs, {_number(done['seconds'], 1)} s",
+        "seed": str(done["seed"]),
         "stopped": done["stopped"],
         "execution": done["tier"] + (f" ({done['tier_reason']})" if done["tier_reason"] else ""),
         "skipped": f"{done['skipped']} steps that were not finite" if done["skipped"] else "",
         "folder": f"{record['out']}: {', '.join(record['files'])}",
     }
     _facts(console, facts | {f"no {name}": reason for name, reason in record.get("not_drawn", {}).items()})
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not a number" if value is None else f"{value:.{digits}f}"

@@ -184,7 +184,7 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = families[name](tuple(x.shape[1:]), **settings)
-        data = {**_about(source, train), "validation": len(held), "prepared": prepared}
+        data = {**_about(source, train), "validation": len(held), "prepared": prepared, "given": "whole"}
         return cls(model, x, held, train.labels, {"model": {"family": name, "settings": model.settings()}, "data": data})
 
     @classmethod
@@ -196,7 +196,7 @@ class Subject:
         given = _how_given(own.functions[0], loaded)
         about = {
             "model": {**own.describe(), "guide": rung},
-            "data": {**_about(source, loaded), "validation": 0, "given": given},
+            "data": {**_about(source, loaded), "validation": 0, "prepared": {}, "given": given},
         }
         return cls(own.pair(rung), _arguments(loaded, given), None, loaded.labels, about)
 
@@ -349,7 +349,7 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
             raise ValueError(f"--program does not go with {folder}, a run of {about.get('family')}; leave it out")
         model: Any = pgen.load(folder / MODEL)
     elif not program:
-        again = " ".join(f"--program {about['file']}:{name}" for name in about.get("names", ()))
+        again = " ".join(f"--program {about['file']}:{name}" for name in about.get("names") or ())
         raise ValueError(f"{folder} is of a program of your own, whose code is not in it: name it again, {again}")
     else:
         own = Program.load(program)
@@ -364,7 +364,7 @@ def batch(source: str, record: dict[str, Any]) -> Any:
     """Data for a question, prepared and given as they were to the fit; of a bundled set its test data."""
     about = record["data"]
     loaded = _load(source, None if "file" in record["model"] else "test")
-    return _prepare(_arguments(loaded, about.get("given", "whole")), about.get("prepared", {}))
+    return _prepare(_arguments(loaded, about["given"]), about["prepared"])
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------
@@ -413,31 +413,48 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON text: {error}") from None
-    if (
-        not isinstance(record, dict)
-        or record.get("schema") != SCHEMA
-        or not all(isinstance(record.get(k), dict) for k in _SECTIONS)
-    ):
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a record of schema {SCHEMA}; was it written by this version of `pgen fit`?")
+    for section, types in _SECTIONS.items():
+        part, absent = record.get(section), None if section == "model" else ...  # a model has a family or a file
+        if not isinstance(part, dict) or not all(isinstance(part.get(name, absent), kinds) for name, kinds in types.items()):
+            raise ValueError(f"{path} is damaged: {section!r} is not what `pgen fit` writes; fit again")
     return record
 
 
-_SECTIONS = ("model", "data", "run", "history", "validation")
+_TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"family": _TEXT, "file": _TEXT, "guide": _TEXT, "settings": (dict, type(None)), "names": (list, type(None))},
+    "data": {
+        "source": str,
+        "train": int,
+        "validation": int,
+        "shape": (list, type(None)),
+        "columns": (list, type(None)),
+        "prepared": dict,
+        "given": str,
+    },
+    "run": {
+        **dict.fromkeys(("stopped", "tier", "tier_reason", "bound_of"), str),
+        **dict.fromkeys(("steps", "skipped", "num_data", "seed"), int),
+        **dict.fromkeys(("bound", "bound_std_error", "epochs", "seconds"), _NUMBER),
+    },
+    "history": {},
+    "validation": {},
+}
 
 
 def run_of(record: dict[str, Any]) -> Run:
     """The ``Run`` that a record tells of, its history thinned."""
+    facts = {name: record["run"][name] for name in ("stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")}
+    times: dict[str, Any] = {name: float(record["run"][name] or 0) for name in ("epochs", "seconds")}
     try:
-        facts = {
-            name: record["run"][name] for name in ("stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")
-        }
-        facts |= {name: float(record["run"][name]) for name in ("epochs", "seconds")}
         history, validation = (
             {name: np.array(column, dtype=float) for name, column in record[part].items()} for part in ("history", "validation")
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{RECORD} is damaged: {type(error).__name__} {error}; fit again") from None
-    return Run(history=history, validation=validation, **facts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{RECORD} is damaged: {error}; fit again") from None
+    return Run(history=history, validation=validation, **facts, **times)
 
 
 def _thin(history: dict[str, np.ndarray]) -> dict[str, list[float]]:

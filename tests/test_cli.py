@@ -337,12 +337,25 @@ def test_the_record_keeps_means_of_a_long_history(tmp_path):
     run = Run(
         history={"step": np.arange(1, 10_001), "loss": loss}, validation={"step": [10], "bound": [-2.0], "std_error": [np.nan]}
     )
-    runs.write_record(tmp_path, {"schema": 1, "model": {}, "data": {}, "run": runs.summary(run)}, run)
+    data = {"source": "x", "train": 1, "validation": 0, "shape": None, "columns": None, "prepared": {}, "given": "whole"}
+    runs.write_record(tmp_path, {"schema": 1, "model": {}, "data": data, "run": runs.summary(run)}, run)
     back = runs.run_of(runs.read_record(tmp_path))
     assert len(back.history["loss"]) == 2000
     np.testing.assert_allclose(back.history["loss"], loss.reshape(2000, 5).mean(1))
     np.testing.assert_allclose(back.history["step"], np.arange(5, 10_001, 5))
     assert back.bound == -2.0 and np.isnan(back.validation["std_error"][0])
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("run", "steps", "ten"), ("data", "train", None), ("history", "loss", [[1], [2, 3]])]
+)
+def test_a_record_with_a_wrong_value_is_refused(folder, tmp_path, capsys, section, name, value):
+    record = runs.read_record(folder)
+    record[section][name] = value
+    (tmp_path / runs.RECORD).write_text(json.dumps(record))
+    (tmp_path / runs.MODEL).write_bytes((folder / runs.MODEL).read_bytes())
+    assert cli.run(["sample", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99, "model": {}}', "[" * 100_000])
