@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..contracts import Batch, check_choice, check_positive, nearest
-from .arrays import as_batch, check_finite, fingerprint
+from .arrays import as_batch
 from .readers import read_file, read_idx
 
-__all__ = ["Loaded", "Split", "as_batch", "check_finite", "digits", "fingerprint", "idx_folder", "load"]
+__all__ = ["Loaded", "Split", "digits", "idx_folder", "load"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
