@@ -108,11 +108,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
             _write_all(file, header, [tensors[name] for name in entries])
         os.replace(temporary, path)
     except OSError as error:
+        _discard(temporary)  # before the free bytes are counted
         needed = 8 + len(header) + sum(entry.num_bytes for entry in entries.values())
         raise OSError(error.errno, _write_failure(path, error, needed)) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _discard(temporary)
     _sync_folder(path.parent)
 
 
@@ -216,6 +216,11 @@ def _write_all(file: io.BufferedWriter, header: bytes, tensors: list[Tensor]) ->
     file.write(digest.hexdigest().encode("ascii"))
     file.flush()
     os.fsync(file.fileno())
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the folder itself may be missing
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import sys
 
 import pytest
@@ -375,6 +376,8 @@ class Full:
 def test_a_full_disk_keeps_the_old_file(saved, monkeypatch):
     old = saved.read_bytes()
     monkeypatch.setattr(files, "open", lambda *arguments: Full(open(*arguments)), raising=False)
+    left, usage = [], shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: (left.extend(os.listdir(folder)), usage(folder))[1])
     with pytest.raises(OSError, match=r"No space left on device \(\d+ bytes needed, \d+ bytes free\)") as caught:
         files.write(saved, {"a": torch.zeros(1000)}, {})
     monkeypatch.undo()
@@ -382,6 +385,7 @@ def test_a_full_disk_keeps_the_old_file(saved, monkeypatch):
     assert caught.value.errno == errno.ENOSPC and str(saved) in message and "\n" not in message
     needed = int(message.split("(")[1].split()[0])
     assert 4000 < needed < 4500
+    assert left == [saved.name]  # the free bytes are those without the temporary file
     assert message.endswith("the old file is intact")
     assert saved.read_bytes() == old and os.listdir(saved.parent) == [saved.name]
 
