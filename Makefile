@@ -12,7 +12,7 @@ export MPLBACKEND := agg
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
-	$(BIN)/python -m examples.demo
+	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS = 1
 test: check
