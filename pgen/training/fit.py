@@ -484,7 +484,7 @@ class _Trainer:
             self.loop.reason = f"{type(self.loop.optimizer.optimizer).__name__} steps outside the graph"
             return
         fast = not math.isnan(self.step_seconds) and self.step_seconds < UNROLL_SECONDS
-        unroll = self.loop.training.unroll or (20 if fast or self._tiny() else 1)
+        unroll = self.loop.training.unroll or (8 if fast or self._tiny() else 1)
         unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
         try:
             self.compilation = _Compilation(self.loop, self.done, unroll, self.rate, wait)
