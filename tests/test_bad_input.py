@@ -1,0 +1,500 @@
+"""Mistakes, each refused on the first batch in one line that says what came, what was expected, and the fix."""
+
+import math
+import re
+from contextlib import contextmanager
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, gaussian_guide, gaussian_model
+
+import pgen
+from pgen.models import VAE, Autoencoder
+
+
+@contextmanager
+def refused(match, kind=ValueError):
+    """An error in one line that a terminal can hold."""
+    with pytest.raises(kind, match=match) as info:
+        yield
+    assert "\n" not in str(info.value)
+    assert len(str(info.value)) < 420
+
+
+def fit(model, guide=None, data=None, **options):
+    return pgen.Pair(model, guide).fit(torch.linspace(-1.0, 2.0, 7) if data is None else data, steps=2, progress=False, **options)
+
+
+def vae(**options):
+    return VAE((2, 3), 4, (5,), **options)
+
+
+def mean(y, name="data", size=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate(name, len(y) if size is None else size):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+# --- values --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_named_by_row_and_column(bad):
+    x = torch.zeros(9, 2, 3)
+    x[5, 1, 2] = bad
+    with refused(rf"data row 5, column \(1, 2\) is {bad}"):
+        vae().fit(x)
+    for question in ("log_prob", "encode", "reconstruct", "posterior"):
+        with refused(r"(x|data) row 5, column \(1, 2\) is"):
+            getattr(vae(), question)(x)
+    with refused(r"validation row 5"):
+        vae().fit(torch.zeros(4, 2, 3), validation=x)
+    y = torch.zeros(9, 4)
+    y[3, 2] = bad
+    with refused(r"data\[1\] row 3, column 2"):
+        fit(lambda x, y: None, data=(torch.zeros(9), y))
+    with refused(r"data\['y'\] row 3, column 2"):
+        fit(lambda x, y: None, data={"x": torch.zeros(9), "y": y})
+
+
+def test_context_is_checked_like_data():
+    model = vae(context_dim=5)
+    with refused("context row 4, column 0 is nan"):
+        model.fit(torch.zeros(9, 2, 3), context=torch.tensor([[math.nan if i == 4 else 0.0] * 5 for i in range(9)]))
+    with refused(r"`context` should have shape \(N, 5\), got \(9, 4\)"):
+        model.fit(torch.zeros(9, 2, 3), context=torch.zeros(9, 4))
+    with refused("`context` has 8 rows for 9 data"):
+        model.fit(torch.zeros(9, 2, 3), context=torch.zeros(8, 5))
+    with refused("give `context`"):
+        model.sample(3)
+    with refused("made without context"):
+        vae().fit(torch.zeros(9, 2, 3), context=torch.zeros(9, 5))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "bad", "support"),
+    [
+        ({"likelihood": "bernoulli"}, 0.5, "Boolean"),
+        ({"likelihood": "bernoulli"}, 2.0, "Boolean"),
+        ({"likelihood": "categorical", "num_classes": 7}, 7.0, "IntegerInterval"),
+        ({"likelihood": "categorical", "num_classes": 7}, -1.0, "IntegerInterval"),
+    ],
+)
+def test_values_outside_the_support_are_named_by_row(likelihood, bad, support):
+    x = torch.zeros(9, 2, 3)
+    x[3, 1, 1] = bad
+    with refused(rf"model site 'x': data row 3 holds .*{bad:g}.*outside the support {support}.*choose another likelihood"):
+        vae(**likelihood).fit(x)
+
+
+@pytest.mark.parametrize("row", [3, 8], ids=["first batch", "later batch"])
+def test_values_outside_the_support_are_found_in_every_batch(row):
+    x = torch.zeros(9, 2, 3)
+    x[row, 1, 1] = 0.5
+    with refused(rf"row {row} holds .*0.5.*outside the support Boolean"):
+        vae().fit(x, batch_size=4, steps=2, progress=False)
+
+
+@pytest.mark.parametrize("question", ["log_prob", "posterior"])
+def test_questions_about_values_outside_the_support_are_refused(question):
+    with refused("outside the support"):
+        getattr(vae(), question)(torch.full((3, 2, 3), 0.5))
+
+
+@pytest.mark.parametrize("likelihood", [dist.LogNormal(0.0, 1.0), dist.HalfCauchy(1.0), dist.Gamma(1.0, 1.0)])
+def test_support_of_transformed_distributions(likelihood):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", likelihood.__class__(*(p * mu.exp() for p in parameters(likelihood))), obs=y)
+
+    with refused("model site 'y': data row 1 holds -2, outside the support"):
+        fit(model, data=torch.tensor([1.0, -2.0, 3.0]))
+
+
+def parameters(likelihood):
+    return [getattr(likelihood, name) for name in likelihood.arg_constraints if name not in ("logits",)]
+
+
+def test_masked_values_may_lie_outside_the_support():
+    y, seen = torch.tensor([3.0, -1.0, 2.0]), torch.tensor([True, False, True])
+
+    def model(y, seen):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    assert np.isfinite(fit(model, data=(y, seen)).history["loss"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_bits_of_any_dtype_fit(dtype):
+    assert vae().fit((torch.rand(9, 2, 3) > 0.5).to(dtype), steps=2, progress=False).steps == 2
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((9, 6), r"did you mean x.reshape\(-1, 2, 3\)\?"), ((2, 3), r"one datum\? use x\[None\]"), ((9, 3, 2), "reshape")],
+)
+@pytest.mark.parametrize("question", ["fit", "log_prob", "encode", "posterior", "draw", "predict", "reconstruct"])
+def test_a_wrong_event_shape_names_both_shapes(shape, hint, question):
+    with refused(rf"should have shape \(N, 2, 3\), got \({', '.join(map(str, shape))}\).*{hint}"):
+        getattr(vae(), question)(torch.zeros(shape))
+
+
+def test_a_transposed_matrix_is_recognised():
+    with refused(r"should have shape \(N, 3\), got \(3, 8\); did you mean x.T\?"):
+        VAE((3,), 2, (4,)).log_prob(torch.zeros(3, 8))
+
+
+def test_unequal_lengths_are_listed():
+    with refused(r"differ in length along axis 0: data\[0\] 7, data\[1\] 6"):
+        fit(mean, data=(torch.zeros(7), torch.zeros(6)))
+    with refused(r"differ in length along axis 0: data\['x'\] 7, data\['y'\] 6"):
+        fit(mean, data={"x": torch.zeros(7), "y": torch.zeros(6)})
+
+
+@pytest.mark.parametrize("data", [torch.zeros(0), (), {}, (torch.zeros(0, 3),), []])
+def test_empty_data(data):
+    with refused("`data` (has no rows|is an empty collection|is empty)"):
+        fit(mean, data=data)
+
+
+def test_empty_data_of_a_family():
+    with refused("has no rows|is empty"):
+        vae().fit(torch.zeros(0, 2, 3))
+    with refused("has no rows|is empty"):
+        vae().log_prob(torch.zeros(0, 2, 3))
+
+
+def test_a_dict_without_x_says_so():
+    with refused(r"'x'.*\by\b"):
+        vae().fit({"y": torch.zeros(9, 2, 3)})
+
+
+# --- silent broadcasting -----------------------------------------------------------------------------------------------------
+
+N = 7
+X = torch.linspace(-1, 1, N)[:, None]
+
+
+def column_under_to_event(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x * b, 1.0).to_event(2), obs=y)
+
+
+def inside_one_plate_too_many(x, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("outer", 5, dim=-2), pyro.plate("data", len(y), dim=-1):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def column_in_a_plate(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x * b, 1.0), obs=y)
+
+
+def column_of_data(x, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.expand(len(y)), 1.0), obs=y[:, None])
+
+
+def no_to_event(x, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.expand(len(y), 3), 1.0), obs=y[:, None].expand(-1, 3))
+
+
+def one_value_for_all(x, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.expand(len(y)), 1.0), obs=y[0])
+
+
+def latent_without_to_event(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(b.sum(), 1.0), obs=y)
+
+
+def rows_outside_every_plate(x, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape), obs=y)
+
+
+BROADCASTS = {
+    column_under_to_event: "site 'y' has shape (7, 1) but its value has shape (7,), .* unsqueeze the value",
+    inside_one_plate_too_many: "site 'y' has shape (5, 7) but its value has shape (7,), .* one plate too many",
+    column_in_a_plate: "site 'y' has shape (7, 7) but its value has shape (7,), .* does not broadcast",
+    column_of_data: "site 'y' has shape (7,) but its value has shape (7, 1), .* squeeze the value",
+    no_to_event: "plate|to_event",
+    one_value_for_all: "site 'y' has shape (7,) but its value has shape (), .* does not broadcast",
+    latent_without_to_event: "site 'b' has an axis of size 3 .* outside every plate; declare it with .to_event(1)",
+    rows_outside_every_plate: 'site \'y\' has an axis of size 7 .* outside every plate; put it into `with pyro.plate("data", len(x))`',
+}
+
+
+@pytest.mark.parametrize("model", BROADCASTS, ids=lambda model: model.__name__)
+def test_shapes_that_pyro_would_broadcast_are_refused(model):
+    pattern = ".*".join(map(re.escape, BROADCASTS[model].split(".*"))) if "|" not in BROADCASTS[model] else BROADCASTS[model]
+
+    def guide(x, y):
+        if model is column_under_to_event or model is latent_without_to_event:
+            size = 1 if model is column_under_to_event else 3
+            b = dist.Normal(torch.zeros(size), pyro.param("s", torch.ones(size)))
+            pyro.sample("b", b if model is latent_without_to_event else b.to_event(1))
+        else:
+            pyro.sample("b" if model is column_in_a_plate else "mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    with refused(pattern):
+        fit(model, guide, (X, X[:, 0]))
+
+
+# --- plates --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plate_of_another_size():
+    with refused("site 'y'|Shape mismatch inside plate"):
+        fit(lambda y: mean(y, size=5))
+    with refused('plate "data" of model site \'y\' has size 1 but the batch has 7 rows'):
+        fit(one_row)
+
+
+def one_row(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 1):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[:1])
+
+
+def test_a_batch_axis_needs_the_plate_named_data_under_minibatches():
+    with refused('needs the plate that holds the rows to be called "data".*or leave batch_size out'):
+        fit(lambda y: mean(y, name="rows"), batch_size=3)
+    assert fit(lambda y: mean(y, name="rows")).steps == 2
+
+
+@pytest.mark.parametrize("way", ["subsample_size", "subsample"])
+def test_a_plate_that_scales_itself_is_not_scaled_twice(way):
+    """Pyro's idiom under minibatches: the plate knows N. Counting each row N / B times over again would be silent."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 9, **{way: len(y) if way == "subsample_size" else torch.arange(len(y))}):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Delta(pyro.param("m", torch.tensor(0.5))))
+
+    y = torch.linspace(-1.0, 2.0, 9)
+    exact = float(dist.Normal(0.5, 1.0).log_prob(y).sum() + dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5))) / 9
+    try:
+        run = pgen.Pair(model, guide).fit(y, batch_size=3, epochs=1, optimizer=1e-9, progress=False)
+    except ValueError as error:
+        assert "subsample" in str(error)
+    else:
+        assert float(run.history["loss"].mean()) == pytest.approx(-exact, abs=1e-4)
+
+
+# --- model and guide ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_guide_that_lacks_a_latent():
+    with refused(r"the guide lacks the latent 'mu'; add pyro.sample\('mu', ...\)"):
+        fit(mean, lambda y: pyro.param("a", torch.tensor(0.0)))
+
+
+def test_a_guide_with_one_latent_too_many():
+    def guide(y):
+        loc = pyro.param("a", torch.tensor(0.0))
+        pyro.sample("mu", dist.Normal(loc, 1.0))
+        pyro.sample("mo", dist.Normal(loc, 1.0))
+
+    with refused("the guide samples 'mo', which is no site of the model; did you mean 'mu'"):
+        fit(mean, guide)
+
+
+def test_a_guide_that_samples_what_is_observed():
+    def guide(y):
+        loc = pyro.param("a", torch.tensor(0.0))
+        pyro.sample("mu", dist.Normal(loc, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0))
+
+    with refused("the guide samples 'y', which the model observes"):
+        fit(mean, guide)
+
+
+def test_a_discrete_latent_without_a_guide_site():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z, pyro.param("sd", torch.tensor(1.0))), obs=y)
+
+    with refused("lacks the latent 'z' .it is discrete"):
+        fit(model, lambda y: None)
+
+
+def test_programs_are_callables():
+    with refused("`model` should be a Pyro program", TypeError):
+        pgen.Pair("model")
+    with refused("`guide` should be a Pyro program or one of mean_field", TypeError):
+        pgen.Pair(mean, 3)
+    with refused("there is nothing to train"):
+        pgen.Pair(gaussian_model, gaussian_guide).fit(torch.zeros(3, 5, dtype=torch.float64), precision="float64")
+
+
+# --- options -------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "compile": ("grph", "`compile` is 'grph', which is unknown; did you mean 'graph'"),
+    "precision": ("float46", "`precision` is 'float46', which is unknown; did you mean 'float64'"),
+    "schedule": ("cosin", "`schedule` is 'cosin', which is unknown; did you mean 'cosine'"),
+    "device": ("gpu", "`device` is 'gpu'"),
+    "steps": (0, "`steps` should be a positive integer, got 0"),
+    "epochs": (-1, "`epochs` should be a positive number, got -1"),
+    "batch_size": (2.5, "`batch_size` should be a positive integer, got 2.5"),
+    "clip_norm": (0, "`clip_norm` should be a positive number, got 0"),
+    "ema": (1.0, "`ema` is a decay in .0, 1."),
+    "max_nonfinite": (0, "`max_nonfinite` should be a positive integer, got 0"),
+    "checkpoint_every": (0, "`checkpoint_every` should be a positive integer, got 0"),
+    "early_stopping": (-2, "`early_stopping`"),
+    "unroll": (0, "`unroll` should be a positive integer"),
+    "seed": (None, "`seed`"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_checked(name):
+    value, message = OPTIONS[name]
+    with refused(message):
+        vae().fit(torch.zeros(9, 2, 3), progress=False, **{"steps": 2, name: value} if name != "epochs" else {name: value})
+
+
+def test_an_unknown_option_names_the_nearest():
+    with refused("unknown option 'earlystopping'; did you mean 'early_stopping'", TypeError):
+        vae().fit(torch.zeros(9, 2, 3), earlystopping=3)
+
+
+def test_epochs_and_steps_exclude_each_other():
+    with refused("give either `epochs` or `steps`, not both"):
+        vae().fit(torch.zeros(9, 2, 3), epochs=1, steps=2)
+
+
+@pytest.mark.parametrize("steps", [3.0, np.int64(3)])
+def test_whole_numbers_of_any_type_count_steps(steps):
+    assert vae().fit(torch.zeros(9, 2, 3), steps=steps, progress=False).steps == 3
+
+
+def test_constructor_arguments_are_checked():
+    with refused("`likelihood` is 'bernouli', which is unknown; did you mean 'bernoulli'"):
+        vae(likelihood="bernouli")
+    with refused("`activation` is 'slu', which is unknown; did you mean 'silu'"):
+        vae(activation="slu")
+    with refused("`num_classes` is missing"):
+        vae(likelihood="categorical")
+    with refused("`num_classes` goes with likelihood='categorical'"):
+        vae(num_classes=3)
+    with refused("`latent_dim` should be a positive integer"):
+        VAE((3,), 0)
+    with refused("`event_shape` should be positive sizes"):
+        VAE((), 2)
+
+
+@pytest.mark.parametrize("optimizer", [pyro.optim.Adam({"lr": 0.01}), "adam", torch.optim.LBFGS, True])
+def test_what_is_no_optimizer_is_refused(optimizer):
+    with refused("`optimizer` should be", TypeError):
+        vae().fit(torch.zeros(9, 2, 3), steps=2, optimizer=optimizer, progress=False)
+
+
+@pytest.mark.parametrize("question", ["log_prob", "draw"])
+def test_numbers_of_samples_are_checked(question):
+    with refused("`num_samples` should be a positive integer, got 0"):
+        getattr(vae(), question)(torch.zeros(3, 2, 3), num_samples=0)
+
+
+# --- what cannot be asked ----------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_has_no_density():
+    with refused("an autoencoder has no density", pgen.NotAvailable):
+        Autoencoder((2, 3), 2, (4,)).log_prob(torch.zeros(3, 2, 3))
+
+
+def test_data_that_share_a_latent_have_no_density_each():
+    y = torch.linspace(-1.0, 2.0, 7)
+    pair = pgen.Pair(mean)
+    with refused("has not seen data yet; call fit first"):
+        pair.log_prob(y)
+    pair.fit(y, steps=2, progress=False)
+    with refused("data share 'mu'.*posterior", pgen.NotAvailable):
+        pair.log_prob(y)
+
+
+def test_a_pair_without_latents_has_no_posterior():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=y)
+
+    pair = pgen.Pair(model)
+    pair.fit(torch.zeros(7), steps=2, progress=False)
+    with refused("latent", pgen.NotAvailable):
+        pair.posterior(torch.zeros(7))
+
+
+def test_a_random_state_of_a_family_without_a_name_is_not_saved(tmp_path):
+    class Own(VAE):
+        family = ""
+
+    with refused("family"):
+        Own((3,), 2, (4,)).save(tmp_path / "own.pgen")
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    case = CASES["vae_standardized"]
+    model = case.model()
+    case.fit(model)
+    model.save(tmp_path / "model.pgen")
+    return tmp_path / "model.pgen"
+
+
+def test_a_damaged_file_is_noticed(saved):
+    whole = saved.read_bytes()
+    for position in range(9, len(whole), max(1, len(whole) // 40)):
+        saved.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with refused("model.pgen"):
+            pgen.load(saved)
+    for cut in (0, 7, 100, len(whole) - 1):
+        saved.write_bytes(whole[:cut])
+        with refused("model.pgen"):
+            pgen.load(saved)
+
+
+def test_files_of_pairs_and_families_are_told_apart(saved, tmp_path):
+    with refused("holds the family 'vae'"):
+        pgen.Pair(mean).load(saved)
+    pair = pgen.Pair(mean)
+    with refused("not been fitted yet"):
+        pair.save(tmp_path / "pair.pgen")
+    pair.fit(torch.zeros(7), steps=2, progress=False)
+    pair.save(tmp_path / "pair.pgen")
+    with refused(r"load it with pgen.Pair\(model, guide\).load"):
+        pgen.load(tmp_path / "pair.pgen")
+    with refused("was saved with the guide 'mean_field', this pair has 'full_rank'"):
+        pgen.Pair(mean, "full_rank").load(tmp_path / "pair.pgen")
+
+
+def test_loading_leaves_the_random_state_alone(saved):
+    before = torch.get_rng_state()
+    pgen.load(saved)
+    assert torch.equal(before, torch.get_rng_state())
