@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -334,6 +335,11 @@ class GenerativeModel(_Questions, PyroModule):
         """The constructor's arguments as plain JSON values."""
         raise NotImplementedError
 
+    @staticmethod
+    def initial_weights(seed: int) -> AbstractContextManager[None]:
+        """Draw networks inside this context: their initial weights are a function of ``seed`` alone."""
+        return keyed_rng(key(seed, "weights"))
+
     def plate(self, x: Tensor | None, context: Tensor | None) -> pyro.plate:
         """The plate of the batch axis: as long as x, else as the context, else as many data as are being sampled."""
         size = len(x) if x is not None else len(context) if context is not None else PlateSize.size or 1
@@ -397,7 +403,8 @@ class GenerativeModel(_Questions, PyroModule):
             epochs: Passes over the data (default 100).
             steps: Optimizer steps, instead of epochs.
             batch_size: Data a step (default 100).
-            seed: Keys initial values, order and noise; the global random state is left as it was.
+            seed: Keys order and noise (a family's constructor takes the seed of its initial weights); the global random
+                state is left as it was.
             checkpoint: A folder to save progress in and to resume from.
             callbacks: Objects told of progress, such as ``pgen.training.JsonLines(path)``.
             progress: Whether to show a progress bar on fits that take longer than a moment.
@@ -852,7 +859,7 @@ class Pair(_Questions):
         self._ready(batch)
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), _device(batch)):
             traces = run_pair(*self.programs(), batch)
-            shared = [name for name, term in {**traces.guide, **traces.model}.items() if not term.local]
+            shared = [name for name, term in {**traces.model, **traces.guide}.items() if not term.local]
             if shared:
                 raise NotAvailable(f"data share {shared[0]!r}, so no datum has a density of its own; ask for posterior(data)")
             value, error = importance_bound(

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,14 +68,7 @@ class Result:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    code = run(sys.argv[1:] if arguments is None else arguments)
-    if any(
-        thread.daemon for thread in threading.enumerate()
-    ):  # a compilation may go on: unwinding the interpreter under it aborts
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:

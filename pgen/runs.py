@@ -181,9 +181,8 @@ class Subject:
         if x.dim() == 2 and x.is_floating_point() and settings.get("likelihood") != "bernoulli" and "preprocess" in accepted:
             settings["preprocess"] = pgen.data.Standardize()
             prepared["standardised"] = True
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = families[name](tuple(x.shape[1:]), **settings)
+        make: Any = families[name]
+        model = make(tuple(x.shape[1:]), **settings, seed=seed)
         data = {**_about(source, train), "validation": len(held), "prepared": prepared, "given": "whole"}
         return cls(model, x, held, train.labels, {"model": {"family": name, "settings": model.settings()}, "data": data})
 

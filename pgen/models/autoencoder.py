@@ -58,6 +58,7 @@ class Autoencoder(GenerativeModel):
         hidden: Sizes of the encoder's hidden layers; the decoder's are the same in reverse.
         activation: As in ``VAE``.
         preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
 
     Example:
         >>> Autoencoder((8, 8), latent_dim=3).encode(torch.zeros(5, 8, 8)).shape
@@ -74,13 +75,15 @@ class Autoencoder(GenerativeModel):
         *,
         activation: str | type[nn.Module] = "silu",
         preprocess: Transform | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess)
         check_positive("latent_dim", latent_dim)
         self.latent_dim, self.hidden, self.activation = latent_dim, tuple(hidden), ACTIVATIONS.name(activation)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
-        self.encoder = MLP(size, self.hidden, latent_dim, make).glorot()
-        self.decoder = MLP(latent_dim, self.hidden[::-1], size, make).glorot()
+        with self.initial_weights(seed):
+            self.encoder = MLP(size, self.hidden, latent_dim, make).glorot()
+            self.decoder = MLP(latent_dim, self.hidden[::-1], size, make).glorot()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

@@ -45,6 +45,7 @@ class VAE(GenerativeModel):
         activation: ``"silu"``, ``"tanh"``, ``"relu"``, ``"softplus"``, or the module class itself.
         context_dim: Size of the vector that model and guide are conditioned on; 0 for none.
         preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
 
     Example:
         >>> vae = VAE((8, 8), latent_dim=3)
@@ -65,6 +66,7 @@ class VAE(GenerativeModel):
         activation: str | type[nn.Module] = "silu",
         context_dim: int = 0,
         preprocess: Transform | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("latent_dim", latent_dim)
@@ -73,8 +75,9 @@ class VAE(GenerativeModel):
         self.hidden, self.activation = tuple(hidden), ACTIVATIONS.name(activation)
         self.observation = observation(likelihood, self.event_shape, num_classes)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
-        self.encoder = GaussianEncoder(MLP(size + context_dim, self.hidden, 2 * latent_dim, make).glorot())
-        self.decoder = MLP(latent_dim + context_dim, self.hidden[::-1], self.observation.outputs * size, make).glorot()
+        with self.initial_weights(seed):
+            self.encoder = GaussianEncoder(MLP(size + context_dim, self.hidden, 2 * latent_dim, make).glorot())
+            self.decoder = MLP(latent_dim + context_dim, self.hidden[::-1], self.observation.outputs * size, make).glorot()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

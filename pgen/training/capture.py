@@ -8,6 +8,8 @@ NumPy's random numbers) is refused.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -82,6 +84,7 @@ def capture(
     Raises:
         CaptureRefused: With one line that says why.
     """
+    _wait_for_compilers()
     reseed(1)
     graph = _trace(fn, inputs)
     reseed(2)
@@ -91,6 +94,7 @@ def capture(
 
 def retrace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Capture a function made of captured graphs and plain tensor code, which needs no second look."""
+    _wait_for_compilers()
     return simplify(make_fx(fn)(*inputs))
 
 
@@ -266,6 +270,18 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunc
         return lambda *args: compiled(*args)
 
 
+_COMPILING: list[BackgroundCompile] = []
+
+
+def _wait_for_compilers() -> None:
+    """Graph capture patches torch while it runs, so it never runs beside a compilation; nor does the interpreter's exit."""
+    for compilation in list(_COMPILING):
+        compilation.join()
+
+
+atexit.register(_wait_for_compilers)
+
+
 class BackgroundCompile:
     """Compiles beside training; ``result()`` is None until it is ready. A failure becomes a one-line reason."""
 
@@ -273,6 +289,7 @@ class BackgroundCompile:
         self.reason = ""
         self._result: TensorFunction | None = None
         self._thread = threading.Thread(target=self._work, args=(graph, list(inputs)), daemon=True, name="pgen-compile")
+        _COMPILING.append(self)
         self._thread.start()
 
     def _work(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -280,6 +297,8 @@ class BackgroundCompile:
             self._result = compile_graph(graph, inputs)
         except Exception as error:  # the reason is shown to the user; training goes on in the graph tier
             self.reason = f"compilation failed, {_reason(error)}"
+        except SystemExit:
+            self.reason = "training ended before compilation did"
 
     @property
     def running(self) -> bool:
@@ -289,8 +308,19 @@ class BackgroundCompile:
     def result(self, wait: bool = False) -> TensorFunction | None:
         """The compiled function, or None."""
         if wait:
-            self._thread.join()
+            self.join()
         return None if self.running else self._result
+
+    def cancel(self) -> None:
+        """Ask a compilation that nobody waits for to stop at its next Python statement."""
+        if self.running and self._thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), ctypes.py_object(SystemExit))
+
+    def join(self) -> None:
+        """Wait for the thread."""
+        self._thread.join()
+        if self in _COMPILING:
+            _COMPILING.remove(self)
 
 
 class CudaReplay:

@@ -316,6 +316,10 @@ class _Compilation:
             self._loop.reason = self._work.reason
         return not self._work.running
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._work.cancel()
+
 
 def fit(
     target: Trainable,
@@ -606,6 +610,8 @@ class _Trainer:
 
     def _finish(self, start: float) -> None:
         loop, run = self.loop, self.run
+        if self.compilation is not None:
+            self.compilation.cancel()
         final = self.best[1] if self.best is not None else loop.step.ema
         if self.best is not None and not run.stopped.startswith("validation"):
             run.stopped += "; best validated parameters restored"
