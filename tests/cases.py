@@ -86,14 +86,14 @@ class Case:
     """A model, data for it, and what it can answer.
 
     Attributes:
-        make: Makes the model; drawn from torch's generator, seeded.
+        make: Makes the model from a seed of its initial weights.
         x: Data, ``(ROWS, *event)``.
         context: Context of each datum.
         kind: Kind of ``log_prob``; None where it has none.
         lacks: Questions that raise NotAvailable.
     """
 
-    make: Callable[[], Any]
+    make: Callable[[int], Any]
     x: torch.Tensor
     context: torch.Tensor | None = None
     kind: str | None = "lower_bound"
@@ -102,7 +102,7 @@ class Case:
 
     def model(self, seed: int = 0) -> Any:
         """A fresh model."""
-        return seeded(self.make, seed)
+        return self.make(seed)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -141,9 +141,9 @@ _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
 _NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
 
 
-def vae(likelihood: str, **options: Any) -> Callable[[], VAE]:
+def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
     """Makes a tiny VAE."""
-    return lambda: VAE(EVENT, LATENT, (6,), likelihood=likelihood, **options)
+    return lambda seed: VAE(EVENT, LATENT, (6,), likelihood=likelihood, seed=seed, **options)
 
 
 CASES: dict[str, Case] = {
@@ -153,11 +153,11 @@ CASES: dict[str, Case] = {
     "vae_categorical_context": Case(vae("categorical", num_classes=CLASSES, context_dim=CONTEXT), _CLASSES, _CONTEXT),
     "vae_gaussian": Case(vae("gaussian"), _REALS),
     "vae_gaussian_context": Case(vae("gaussian", context_dim=CONTEXT), _REALS, _CONTEXT),
-    "vae_standardized": Case(lambda: vae("gaussian", preprocess=Standardize())(), _REALS),
+    "vae_standardized": Case(lambda seed: vae("gaussian", preprocess=Standardize())(seed), _REALS),
     "vae_dequantized": Case(
-        lambda: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(), _CLASSES.float()
+        lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()
     ),
-    "autoencoder": Case(lambda: Autoencoder(EVENT, LATENT, (6,)), _REALS, kind=None, lacks=_NO_DENSITY),
-    "linear_gaussian_pair": Case(linear_gaussian, _REALS.flatten(1)),
+    "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
+    "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -25,7 +25,9 @@ def refused(match, kind=ValueError):
 
 
 def fit(model, guide=None, data=None, **options):
-    return pgen.Pair(model, guide).fit(torch.linspace(-1.0, 2.0, 7) if data is None else data, steps=2, progress=False, **options)
+    return pgen.Pair(model, guide).fit(
+        torch.linspace(-1.0, 2.0, 7) if data is None else data, steps=2, progress=False, **options
+    )
 
 
 def vae(**options):
@@ -238,7 +240,7 @@ BROADCASTS = {
     no_to_event: "plate|to_event",
     one_value_for_all: "site 'y' has shape (7,) but its value has shape (), .* does not broadcast",
     latent_without_to_event: "site 'b' has an axis of size 3 .* outside every plate; declare it with .to_event(1)",
-    rows_outside_every_plate: 'site \'y\' has an axis of size 7 .* outside every plate; put it into `with pyro.plate("data", len(x))`',
+    rows_outside_every_plate: "site 'y' has an axis of size 7 .* outside every plate; put it into `with pyro.plate(\"data\"",
 }
 
 
@@ -264,7 +266,7 @@ def test_shapes_that_pyro_would_broadcast_are_refused(model):
 def test_a_plate_of_another_size():
     with refused("site 'y'|Shape mismatch inside plate"):
         fit(lambda y: mean(y, size=5))
-    with refused('plate "data" of model site \'y\' has size 1 but the batch has 7 rows'):
+    with refused("plate \"data\" of model site 'y' has size 1 but the batch has 7 rows"):
         fit(one_row)
 
 

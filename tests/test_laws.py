@@ -41,7 +41,7 @@ def global_state():
         "numpy": (numpy[1].tolist(), numpy[2:]),
         "dtype": torch.get_default_dtype(),
         "validation": torch.distributions.Distribution._validate_args,
-        "pyro validation": pyro.distributions.validation_enabled.__wrapped__ and pyro.poutine.runtime._PYRO_STACK == [],
+        "handlers": len(pyro.poutine.runtime._PYRO_STACK),
         "params": list(pyro.get_param_store().keys()),
         "module_local": pyro.settings.get("module_local_params"),
         "threads": torch.get_num_threads(),

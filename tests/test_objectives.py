@@ -146,12 +146,12 @@ def test_log_prob_converges_to_the_evidence():
 
 
 def test_a_multi_sample_bound_stays_a_bound_under_subsampling():
-    x = torch.randn(2_400, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) @ W.T
-    bounds = torch.stack([-evaluate(IWAE(10), gaussian_model, gaussian_guide, part, 2_400)[0] for part in x.split(8)])
+    x = torch.randn(7_200, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) @ W.T
+    bounds = torch.stack([-evaluate(IWAE(10), gaussian_model, gaussian_guide, part, 7_200)[0] for part in x.split(24)])
     exact = float(log_evidence(x).mean())
     shortfall = exact - float(bounds.mean())
     assert 0.0 < shortfall < ELBO_GAP
-    assert shortfall == pytest.approx(0.0054, abs=0.002)
+    assert shortfall == pytest.approx(0.0054, abs=0.004)
 
 
 def test_iwae_refuses_a_latent_outside_the_plate_under_minibatches(x):
@@ -278,7 +278,9 @@ def test_score_function_gradient_is_unbiased_outside_the_plate(batch):
 
     drawn = torch.stack([gradient() for _ in range(40)])
     q = torch.sigmoid(logit)
-    joint = [dist.Bernoulli(0.3).log_prob(torch.tensor(float(z))) + dist.Normal(float(z), 1.0).log_prob(y).sum() for z in (0, 1)]
+    joint = [
+        dist.Bernoulli(0.3).log_prob(torch.tensor(float(z))) + dist.Normal(float(z), 1.0).log_prob(y).sum() for z in (0, 1)
+    ]
     bound = ((1 - q) * (joint[0] - (1 - q).log()) + q * (joint[1] - q.log())) / 6
     exact = -torch.autograd.grad(bound, logit)[0]
     error = drawn.std() / math.sqrt(40)

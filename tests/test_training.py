@@ -19,16 +19,17 @@ from torch import nn
 
 import pgen
 from pgen.models import VAE
-from pgen.training import AdamW, JsonLines, TorchSchedule
+from pgen.training import AdamW, JsonLines
 from pgen.training.fit import NonFinite
 from pgen.training.optim import SGD, Adam
+from pgen.training.schedule import TorchSchedule
 
 LOOP = sys.modules["pgen.training.fit"]  # the package's name `fit` is the function
 X = torch.randn(11, 3, generator=torch.Generator().manual_seed(2))
 
 
 def vae(seed=0, **options):
-    return seeded(lambda: VAE((3,), 2, (5,), likelihood="gaussian", **options), seed)
+    return VAE((3,), 2, (5,), likelihood="gaussian", seed=seed, **options)
 
 
 def fit(model, data=X, **options):
@@ -116,6 +117,9 @@ def test_the_graph_gives_the_bits_of_the_programs(name):
     assert torch.equal(results["eager"][0], results["graph"][0])
 
 
+INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
+
+
 def compiled(unroll, **options):
     model = vae()
     run = fit(model, steps=12, compile="compiled", unroll=unroll, **options)
@@ -123,6 +127,7 @@ def compiled(unroll, **options):
     return state(model), run.history["loss"]
 
 
+@INDUCTOR
 def test_one_compiled_step_agrees_with_the_programs_to_rounding():
     model = vae()
     run = fit(model, steps=12, clip_norm=1.0, ema=0.9)
@@ -131,6 +136,7 @@ def test_one_compiled_step_agrees_with_the_programs_to_rounding():
     torch.testing.assert_close(parameters, state(model), rtol=1e-5, atol=1e-5)
 
 
+@INDUCTOR
 def test_unrolled_steps_do_not_depend_on_the_clock(monkeypatch):
     """How many steps lie between two looks at the device is a matter of speed: it must not decide the noise."""
     monkeypatch.setattr(LOOP, "BLOCK_SECONDS", 10.0)
@@ -180,12 +186,12 @@ def python_counter(y):
 REFUSALS = {
     item: "depends on tensor values",
     branch: "depends on tensor values",
-    python_random: "Python's or NumPy's random numbers|different graphs",
+    python_random: "Python's or NumPy's random numbers",
     python_coin: "Python's or NumPy's random numbers",
     numpy_random: "Python's or NumPy's random numbers",
     to_numpy: r"\.numpy\(\)|data-dependent|tensor values",
     to_list: r"tolist",
-    python_counter: "different graphs",
+    python_counter: "different graphs|a constant of the program differs",
 }
 
 
@@ -473,6 +479,14 @@ def poisoned(start, stop):
     return model
 
 
+def trained(make):
+    """What ``make`` gives; nothing where the first look already found the poison."""
+    try:
+        return make()
+    except ValueError:
+        return None
+
+
 def test_a_non_finite_step_changes_no_parameter():
     def make(start, stop):
         pair = pgen.Pair(poisoned(start, stop))
@@ -481,7 +495,7 @@ def test_a_non_finite_step_changes_no_parameter():
 
     clean, _ = make(0, 0)
     assert bool(torch.isfinite(clean).all())
-    first = next(n for n in range(1, 200) if make(n, n + 1)[1].skipped == 1)
+    first = next(n for n in range(1, 50) if trained(lambda n=n: make(n, n + 1)[1].skipped == 1))
     parameters, run = make(first, first + 2)
     assert run.skipped == 2 and np.isnan(run.history["loss"]).sum() == 2
     assert bool(torch.isfinite(parameters).all())
@@ -604,7 +618,14 @@ def test_another_configuration_is_refused_by_name(name, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
-    options = {"steps": 500, "batch_size": 11, "validation": X[:4] * 3, "optimizer": 0.05, "early_stopping": 2, "validate_every": 5}
+    options = {
+        "steps": 500,
+        "batch_size": 11,
+        "validation": X[:4] * 3,
+        "optimizer": 0.05,
+        "early_stopping": 2,
+        "validate_every": 5,
+    }
     model = vae()
     run = fit(model, checkpoint=tmp_path, **options)
     assert run.steps < 500
@@ -634,7 +655,7 @@ def test_augmentation_makes_the_data_that_the_model_wants():
         seen.append(out.clone())
         return out
 
-    model = seeded(lambda: VAE((3,), 2, (5,)))
+    model = VAE((3,), 2, (5,))
     run = fit(model, grey, augment=binarise, steps=4, batch_size=11)
     assert run.steps == 4 and np.isfinite(run.history["loss"]).all()
     assert len({tuple(x.flatten().tolist()) for x in seen}) >= 4
@@ -649,8 +670,8 @@ def test_precisions(likelihood, precision):
     wanted = torch.float64 if precision == "float64" else torch.float32
     assert {p.dtype for p in model.parameters()} == {wanted}
     assert np.isfinite(run.history["loss"]).all()
-    reference = case.fit(case.model()).history["loss"]
-    np.testing.assert_allclose(run.history["loss"][0], reference[0], rtol=0.05 if precision == "bfloat16" else 0.5)
+    if precision == "bfloat16":  # the same noise, coarser products
+        np.testing.assert_allclose(run.history["loss"][0], case.fit(case.model()).history["loss"][0], rtol=0.05)
     assert model.log_prob(case.x).value.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
 
@@ -658,7 +679,10 @@ def test_precisions(likelihood, precision):
 def test_json_lines_hold_what_was_logged(tmp_path):
     path = tmp_path / "logs" / "run.jsonl"
     run = fit(vae(), steps=9, validation=X[:4], validate_every=3, callbacks=[JsonLines(path)])
-    lines = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in path.open()]
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in path.read_text().splitlines()
+    ]
     validated = [line for line in lines if "validation_bound" in line]
     assert [line["step"] for line in validated] == [3, 6, 9]
     np.testing.assert_allclose([line["validation_bound"] for line in validated], run.validation["bound"])
@@ -697,9 +721,7 @@ torch.set_num_threads(1)
 if {noise}: torch.rand({noise})
 from pgen.models import VAE
 x = torch.randn(11, 3, generator=torch.Generator().manual_seed(2))
-with torch.random.fork_rng(devices=[]):
-    torch.manual_seed(0)
-    model = VAE((3,), 2, (5,), likelihood="gaussian")
+model = VAE((3,), 2, (5,), likelihood="gaussian")
 if {noise}: torch.rand({noise})
 model.fit(x, steps=7, batch_size=4, seed=3, progress=False)
 print(torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().tobytes().hex())
@@ -711,15 +733,19 @@ def test_the_same_seed_gives_the_same_bits_in_every_process():
     bits = set()
     for noise, hash_seed in ((0, "0"), (5, "1")):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-        out = subprocess.run([sys.executable, "-c", SCRIPT.format(noise=noise)], capture_output=True, text=True, env=environment)
+        out = subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(noise=noise)], capture_output=True, text=True, env=environment
+        )
         assert out.returncode == 0, out.stderr
         bits.add(out.stdout)
     assert len(bits) == 1 and len(bits.pop()) > 100
 
 
-def test_the_seed_of_fit_keys_initial_values():
-    """As ``fit`` says of its argument ``seed``."""
-    models = [VAE((3,), 2, (5,), likelihood="gaussian") for _ in range(2)]
+def test_initial_values_do_not_depend_on_the_random_state():
+    models = []
+    for _ in range(2):
+        models.append(VAE((3,), 2, (5,), likelihood="gaussian"))
+        torch.rand(3)
     for model in models:
         fit(model, seed=3)
     assert torch.equal(*map(state, models))
