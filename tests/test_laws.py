@@ -1,5 +1,6 @@
 """Laws that every model in ``cases.py`` fulfils."""
 
+import copy
 import math
 import random
 
@@ -7,9 +8,10 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from cases import CASES, state
+from cases import CASES, EVENT, ROWS, state, vae
 
 import pgen
+from pgen.data import Compose, Logit, Standardize
 from pgen.objectives import ELBO
 
 cases = pytest.mark.parametrize("name", CASES)
@@ -145,6 +147,23 @@ def test_posterior_draws_weigh_as_log_prob_does(name):
     assert draws.log_p_rows.shape == draws.log_q_rows.shape == (40, len(case.x))
     torch.testing.assert_close(draws.log_p_rows.sum(1), draws.log_p)
     torch.testing.assert_close(draws.log_q_rows.sum(1), draws.log_q)
+
+
+@pytest.mark.parametrize("transform", [Standardize(), Compose([Logit(0.1), Standardize()])], ids=["one", "composed"])
+def test_densities_are_in_the_units_of_the_data(transform):
+    x = torch.rand(ROWS, *EVENT)
+    model = vae("gaussian", preprocess=transform)(0)
+    run = model.fit(x, steps=1, batch_size=ROWS, progress=False, optimizer=1e-12)
+    bare = copy.deepcopy(model)
+    bare.preprocess = None
+    y, log_det = transform.forward_with_log_det(x)
+    assert float(log_det.abs().min()) > 1.0
+    score = model.log_prob(x, num_samples=5, seed=1)
+    torch.testing.assert_close(score.value, bare.log_prob(y, num_samples=5, seed=1).value + log_det.double())
+    assert score.kind == "lower_bound"
+    plain = bare.fit(y, steps=1, batch_size=ROWS, progress=False, optimizer=1e-12)
+    assert run.history["loss"][0] == pytest.approx(plain.history["loss"][0] - float(log_det.mean()), rel=1e-4)
+    torch.testing.assert_close(model.sample(4), transform.inverse(bare.sample(4)))
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

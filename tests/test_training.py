@@ -379,11 +379,12 @@ def test_an_optimizer_of_the_models_parameters_is_taken_as_it_is():
 
 
 def test_gradients_are_clipped_as_torch_clips_them():
-    got, run = by_pgen(SGD(0.05), clip_norm=0.7)
-    torch.testing.assert_close(got, by_torch(lambda p: torch.optim.SGD(p, 0.05), clip_norm=0.7), rtol=1e-10, atol=1e-12)
+    got, run = by_pgen(SGD(0.05), clip_norm=3.0)
+    torch.testing.assert_close(got, by_torch(lambda p: torch.optim.SGD(p, 0.05), clip_norm=3.0), rtol=1e-10, atol=1e-12)
     w = torch.linspace(-1.0, 2.0, 5, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(quadratic(w), w)
     assert run.history["grad_norm"][0] == pytest.approx(float(gradient.norm()), rel=1e-12)  # before clipping
+    assert run.history["grad_norm"].max() > 3.0 > run.history["grad_norm"].min()
 
 
 def test_the_moving_average_is_what_the_model_holds_afterwards():
