@@ -9,15 +9,20 @@ NumPy's random numbers) is refused.
 from __future__ import annotations
 
 import atexit
-import ctypes
+import contextlib
+import os
 import random
-import threading
+import signal
+import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -47,7 +52,7 @@ def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     python_state, numpy_state = random.getstate(), _numpy_state()
     try:
         with _NoEscape():
-            graph = make_fx(fn)(*inputs)
+            graph = _make_fx(fn, inputs)
     except CaptureRefused:
         raise
     except Exception as error:
@@ -55,6 +60,12 @@ def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     if random.getstate() != python_state or _numpy_state() != numpy_state:
         raise CaptureRefused("the program draws from Python's or NumPy's random numbers")
     return graph
+
+
+def _make_fx(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """``make_fx`` on real tensors, with one mode for the shapes that it notes down (it would make one for each)."""
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(fn)(*inputs)
 
 
 def _numpy_state() -> tuple[Any, ...]:
@@ -84,7 +95,6 @@ def capture(
     Raises:
         CaptureRefused: With one line that says why.
     """
-    _wait_for_compilers()
     reseed(1)
     graph = _trace(fn, inputs)
     reseed(2)
@@ -94,8 +104,7 @@ def capture(
 
 def retrace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Capture a function made of captured graphs and plain tensor code, which needs no second look."""
-    _wait_for_compilers()
-    return simplify(make_fx(fn)(*inputs))
+    return simplify(_make_fx(fn, inputs))
 
 
 def _compare(first: fx.GraphModule, second: fx.GraphModule) -> None:
@@ -261,66 +270,102 @@ def _freeze(graph: fx.GraphModule, constant: dict[fx.Node, Any]) -> None:
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunction:
-    """Compile a captured graph with inductor; its noise is the eager generator's."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    """Compile a captured graph with inductor; its noise is the eager generator's, and results are cached between processes."""
+    from torch._inductor import config, standalone_compile
 
-    with config.patch(fallback_random=True), torch.no_grad():
-        compiled: Any = compile_fx(graph, list(inputs))
-        return lambda *args: compiled(*args)
-
-
-_COMPILING: list[BackgroundCompile] = []
-
-
-def _wait_for_compilers() -> None:
-    """Graph capture patches torch while it runs, so it never runs beside a compilation; nor does the interpreter's exit."""
-    for compilation in list(_COMPILING):
-        compilation.join()
-
-
-atexit.register(_wait_for_compilers)
+    with config.patch(fallback_random=True, compile_threads=1), torch.no_grad():
+        return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
 
 
 class BackgroundCompile:
-    """Compiles beside training; ``result()`` is None until it is ready. A failure becomes a one-line reason."""
+    """Compiles beside training, in a child process that fills inductor's cache; the parent then takes it from there.
+
+    A thread would not do: compilation is Python, and would hold the interpreter's lock against every operation of the loop.
+    Where a process cannot be forked safely (a GPU in use, systems other than Linux) it compiles at once.
+    """
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.reason = ""
+        self._graph, self._inputs = graph, list(inputs)
         self._result: TensorFunction | None = None
-        self._thread = threading.Thread(target=self._work, args=(graph, list(inputs)), daemon=True, name="pgen-compile")
-        _COMPILING.append(self)
-        self._thread.start()
+        self._child = self._fork() if sys.platform == "linux" and not torch.cuda.is_initialized() else None
+        if self._child is None:
+            self._take()
 
-    def _work(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def _fork(self) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the child runs no thread of the parent's, and ends by _exit
+            child = os.fork()
+        if child == 0:
+            self._in_child()
+        _CHILDREN.add(child)
+        return child
+
+    def _in_child(self) -> NoReturn:
+        code = 1
         try:
-            self._result = compile_graph(graph, inputs)
-        except Exception as error:  # the reason is shown to the user; training goes on in the graph tier
-            self.reason = f"compilation failed, {_reason(error)}"
-        except SystemExit:
-            self.reason = "training ended before compilation did"
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            torch.set_num_threads(1)
+            compile_graph(self._graph, self._inputs)
+            code = 0
+        finally:
+            os._exit(code)
 
     @property
     def running(self) -> bool:
         """Whether compilation still goes on."""
-        return self._thread.is_alive()
+        return self._child is not None and not self._reap(os.WNOHANG)
+
+    def _reap(self, option: int) -> bool:
+        """Look after the child: whether it has ended; if so, take its work over."""
+        assert self._child is not None
+        ended, status = os.waitpid(self._child, option)
+        if ended == 0:
+            return False
+        _CHILDREN.discard(self._child)
+        self._child = None
+        if status == 0:
+            self._take()
+        else:
+            self.reason = "compilation failed; compile='compiled' shows why"
+        return True
+
+    def _take(self) -> None:
+        try:
+            self._result = compile_graph(self._graph, self._inputs)
+        except Exception as error:  # the reason is shown to the user; training goes on in the graph tier
+            self.reason = f"compilation failed, {_reason(error)}"
 
     def result(self, wait: bool = False) -> TensorFunction | None:
-        """The compiled function, or None."""
-        if wait:
-            self.join()
-        return None if self.running else self._result
+        """The compiled function, or None while it is being made."""
+        if self._child is not None:
+            self._reap(0 if wait else os.WNOHANG)
+        return self._result
 
     def cancel(self) -> None:
-        """Ask a compilation that nobody waits for to stop at its next Python statement."""
-        if self.running and self._thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), ctypes.py_object(SystemExit))
+        """End a compilation that nobody waits for."""
+        if self._child is not None:
+            _kill(self._child)
+            self._child = None
 
-    def join(self) -> None:
-        """Wait for the thread."""
-        self._thread.join()
-        if self in _COMPILING:
-            _COMPILING.remove(self)
+
+_CHILDREN: set[int] = set()
+
+
+def _kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    _CHILDREN.discard(child)
+
+
+@atexit.register
+def _kill_children() -> None:
+    for child in list(_CHILDREN):
+        _kill(child)
 
 
 class CudaReplay:

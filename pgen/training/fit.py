@@ -42,6 +42,10 @@ UNROLL_SECONDS = 4e-4
 """A graph step shorter than this is compiled with several steps in one call."""
 
 
+UNROLLED_NODES = 1500
+"""Operations of all unrolled steps together; what a compiler takes grows with them."""
+
+
 class NonFinite(FloatingPointError):
     """Training met non-finite losses or gradients several times in a row; parameters are those of the last good step.
 
@@ -299,26 +303,33 @@ class _Compilation:
         self.unroll = unroll
         index = loop.index(step)
         rows = None if index is None else torch.stack([index] * unroll)
-        graph, inputs = loop.step.traced(rows, loop.scalars(step, unroll, rate))
+        scalars = loop.scalars(step, unroll, rate)
         self._loop = loop
-        self._work = BackgroundCompile(graph, inputs)
+        self._work: BackgroundCompile | None = None
         self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
         if wait:
-            self.poll(wait=True)
+            self._take(loop.step.compiled(rows, scalars))
+        else:
+            self._work = BackgroundCompile(*loop.step.traced(rows, scalars))
 
-    def poll(self, wait: bool = False) -> bool:
-        """Take the compiled step over if it is ready; returns whether there is nothing more to wait for."""
-        fn = self._work.result(wait)
-        if fn is not None and self.run is None:
-            self.run = self._loop.step.bind(fn)
-            self._loop.tier, self._loop.reason = "compiled", ""
-        if not self._work.running and self._work.reason:
-            self._loop.reason = self._work.reason
-        return not self._work.running
+    def _take(self, run: Callable[[Tensor | None, Tensor], list[Tensor]]) -> None:
+        self.run = run
+        self._loop.tier, self._loop.reason = "compiled", ""
+
+    def poll(self) -> None:
+        """Take the compiled step over if it is ready."""
+        if self._work is None:
+            return
+        fn = self._work.result()
+        if fn is not None:
+            self._take(self._loop.step.bind(fn))
+        if fn is not None or self._work.reason:
+            self._loop.reason, self._work = self._work.reason, None
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
-        self._work.cancel()
+        if self._work is not None:
+            self._work.cancel()
 
 
 def fit(
@@ -487,16 +498,18 @@ class _Trainer:
         if isinstance(self.loop.optimizer, External):
             self.loop.reason = f"{type(self.loop.optimizer.optimizer).__name__} steps outside the graph"
             return
-        fast = not math.isnan(self.step_seconds) and self.step_seconds < UNROLL_SECONDS
-        unroll = self.loop.training.unroll or (8 if fast or self._tiny() else 1)
+        unroll = self.loop.training.unroll or self._unroll()
         unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
         try:
             self.compilation = _Compilation(self.loop, self.done, unroll, self.rate, wait)
         except CaptureRefused as refusal:
             self.loop.reason = str(refusal)
 
-    def _tiny(self) -> bool:
-        return sum(v.numel() for v in self.loop.step.values) * min(self.loop.batch_size, self.loop.num_data) < 100_000
+    def _unroll(self) -> int:
+        """Steps worth putting into one call: several where a step is all overhead, as long as the graph stays small."""
+        work = sum(v.numel() for v in self.loop.step.values) * min(self.loop.batch_size, self.loop.num_data)
+        fast = not math.isnan(self.step_seconds) and self.step_seconds < UNROLL_SECONDS
+        return min(8, UNROLLED_NODES // self.loop.step.num_nodes()) if fast or work < 100_000 else 1
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 

@@ -151,6 +151,10 @@ class Step:
                 self._graphs[length] = capture(fn, fixed + rows[0], fixed + rows[1], lambda k: seed_generators(k, device))
         return self._graphs[length]
 
+    def num_nodes(self) -> int:
+        """Operations of the captured loss and gradient."""
+        return max((len(graph.graph.nodes) for graph in self._graphs.values()), default=1)
+
     def compiled_inputs(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """Inputs of the compiled step, in order; ``index`` ``(U, B)`` and ``s`` ``(U, scalars)`` for U unrolled steps."""
         return [*self.mutable(), *self.leaves, *([] if index is None else [index]), s]
@@ -193,7 +197,7 @@ class Step:
 
         return run
 
-    def compile(self, index: Tensor | None, s: Tensor) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
+    def compiled(self, index: Tensor | None, s: Tensor) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
         """Compile now and wait for it."""
         graph, inputs = self.traced(index, s)
         return self.bind(compile_graph(graph, inputs))
