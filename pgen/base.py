@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import files
 from .contracts import Batch, Draws, NotAvailable, Run, Score, check_choice, check_event_shape, check_positive, nearest
-from .data.arrays import as_batch, check_finite
+from .data.arrays import as_batch, check_finite, fingerprint
 from .data.batches import key
 from .data.transforms import Transform, from_settings
-from .evaluation.likelihood import At, importance_bound, row_units, take
-from .guides.automatic import AUTOMATIC, Latent
+from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, row_units, take
+from .guides.automatic import AUTOMATIC, Flow, Latent
 from .objectives import ELBO
 from .programs import (
     DATA_PLATE,
@@ -34,11 +34,14 @@ from .programs import (
     batch_length,
     call,
     check_pair,
+    check_support,
     closure_modules,
     draw,
     isolated,
     keyed_rng,
+    localize,
     rows_at,
+    run_latents,
     run_pair,
     run_program,
     vectorize,
@@ -71,6 +74,8 @@ class _Questions(nn.Module):
     preprocess: Transform | None
     last_run: Run | None
     home: ParameterHome
+    primed: bool
+    """Whether parameters have been started at the data (or loaded), so that a further fit goes on from where they are."""
 
     default_batch_size: ClassVar[int | None] = None
     default_epochs: ClassVar[float | None] = None
@@ -158,37 +163,46 @@ class _Questions(nn.Module):
         options: dict[str, Any],
     ) -> Run:
         settings = _training(training, options)
+        if not isinstance(seed, int):
+            raise ValueError(f"`seed` should be an integer, got {seed!r}")
         check_positive("epochs", epochs, allow_none=True, integer=False)
         check_positive("steps", steps, allow_none=True)
         check_positive("batch_size", batch_size, allow_none=True)
         if epochs is not None and steps is not None:
             raise ValueError(f"give either `epochs` or `steps`, not both (got {epochs} and {steps})")
+        steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))
         device = settings.torch_device()
         num_data = batch_length(data)
         size = min(batch_size or self.default_batch_size or num_data, num_data)
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
-        if optimizer is None:
-            optimizer, settings = self._default_optimizer(settings)
         self.to(device=device, dtype=settings.dtype)
         data = place(data, device, settings.dtype)
         validation = None if validation is None else place(validation, device, settings.dtype)
-        if self.last_run is None:
+        if not self.primed:
             with keyed_rng(key(seed, "prime"), device):
                 self.prime(data)
-        self._first_look(data, size, seed, settings)
+            self.primed = True
+        objective = objective or self.default_objective()
+        self._first_look(data, size, seed, settings, objective)
+        if optimizer is None:
+            optimizer, settings = self._default_optimizer(settings)
         self.to(device=device, dtype=settings.dtype)
         store = None if checkpoint is None else Checkpoint(Path(checkpoint))
         try:
             self.last_run = fit_loop(
-                self, data, validation=validation, objective=objective or self.default_objective(), optimizer=optimizer,
+                self, data, validation=validation, objective=objective, optimizer=optimizer,
                 training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
                 progress=progress, checkpoint=store,
             )  # fmt: skip
         except NonFinite as error:
             self.last_run = error.run
             raise
+        self._fitted_to(data)
         return self.last_run
+
+    def _fitted_to(self, data: Batch) -> None:
+        """Told of the training data after a fit."""
 
     def default_objective(self) -> Any:
         """What ``fit`` minimises unless told otherwise."""
@@ -197,7 +211,7 @@ class _Questions(nn.Module):
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         return Adam(1e-3), settings
 
-    def _first_look(self, data: Batch, batch_size: int, seed: int, settings: Training) -> None:
+    def _first_look(self, data: Batch, batch_size: int, seed: int, settings: Training, objective: Any) -> None:
         """Create lazy parameters, then run both programs strictly on the first rows."""
         num_data = batch_length(data)
         first = take(data, slice(0, batch_size))
@@ -206,8 +220,27 @@ class _Questions(nn.Module):
             first = augmented(first, settings.augment)
             self.materialize(first, num_data, minibatch=batch_size < num_data)
             index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
-            with keyed_rng(key(seed, "check"), device), isolated(self.home, validate=True), rows_at(index), _evaluating(self):
-                self._strict(self.prepare(first), num_data)
+            with keyed_rng(key(seed, "check"), device), rows_at(index), _evaluating(self):
+                with isolated(self.home, validate=True):
+                    self._strict(self.prepare(first), num_data)
+                self._check_owned(objective, first, num_data)
+        if settings.augment is None:
+            self._check_support(data)
+
+    def _check_support(self, batch: Batch) -> None:
+        """Refuse values outside the likelihood's support, in any row."""
+
+    def _check_owned(self, objective: Any, batch: Batch, num_data: int) -> None:
+        """Refuse programs that use a parameter which nobody would train."""
+        with torch.enable_grad():
+            loss, _ = self.loss(objective, batch, {"num_data": float(num_data)})
+        owned = {id(p) for p in self.parameters()}
+        for leaf in _leaves(loss):
+            if id(leaf) not in owned:
+                raise ValueError(
+                    f"the programs use a parameter of shape {tuple(leaf.shape)} that the pair does not own, so it would not be "
+                    f"trained: add pyro.module('name', network) to the program, or freeze it with requires_grad_(False)"
+                )
 
     def _strict(self, batch: Batch, num_data: int) -> None:
         try:
@@ -234,6 +267,20 @@ class _Questions(nn.Module):
 
         preprocess = None if self.preprocess is None else self.preprocess.settings()
         files.write(path, self.state_dict(), {**metadata, "preprocess": preprocess, "pgen_version": __version__})
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss depends on and that require gradients."""
+    found, seen, stack = [], set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 _FIT_ARGUMENTS = (
@@ -317,6 +364,7 @@ class GenerativeModel(_Questions, PyroModule):
         self.context_dim = context_dim
         self.preprocess = preprocess
         self.last_run = None
+        self.primed = False
         self.home = ParameterHome()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -420,7 +468,7 @@ class GenerativeModel(_Questions, PyroModule):
         """
         batch = self._batch("data", data, context)
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
-        if self.preprocess is not None and self.last_run is None:
+        if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"])
         return self._fit(
             batch, held_out, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size,
@@ -430,6 +478,8 @@ class GenerativeModel(_Questions, PyroModule):
     def _batch(self, argument: str, x: Any, context: Any) -> dict[str, Tensor]:
         """Checked x and context, in the model's dtype and on its device."""
         if isinstance(x, dict):
+            if "x" not in x:
+                raise ValueError(f"`{argument}` has no array 'x' (it has {', '.join(map(str, x)) or 'none'})")
             x, context = x["x"], x.get("context", context)
         x = as_batch(x)
         if not isinstance(x, Tensor):
@@ -459,7 +509,14 @@ class GenerativeModel(_Questions, PyroModule):
 
     def _like(self, x: Tensor) -> Tensor:
         reference = next(self.parameters())
-        return x.to(reference.device, reference.dtype if x.is_floating_point() or x.dtype == torch.bool else None)
+        return x.to(reference.device, reference.dtype)
+
+    def _check_support(self, batch: Batch) -> None:
+        with isolated(self.home), keyed_rng(0, _device(batch)), _evaluating(self), torch.no_grad():
+            prepared = self.prepare(batch)
+            site = run_pair(*self.programs(), take(prepared, slice(0, 1))).model.get("x")
+        if site is not None:
+            check_support("model site 'x'", site.fn, cast(dict[str, Any], prepared)["x"])
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -511,6 +568,7 @@ class GenerativeModel(_Questions, PyroModule):
         check_positive("num_samples", num_samples)
         check_positive("batch_size", batch_size, allow_none=True)
         batch = self._batch("x", x, context)
+        self._check_support(batch)
         device = next(self.parameters()).device
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), device):
             prepared, change = self._prepared(batch)
@@ -531,6 +589,7 @@ class GenerativeModel(_Questions, PyroModule):
         """Draws of the latents of ``data`` from the guide, with the log-densities that weigh them."""
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data, context)
+        self._check_support(batch)
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
             prepared, log_det = self._prepared(batch)
             draws = _draw(*self.programs(), prepared, num_samples, seed)
@@ -540,7 +599,10 @@ class GenerativeModel(_Questions, PyroModule):
         """Draws of the latents given x as a DataTree, dims ``(chain=1, draw, data, ...)``."""
         from .diagnostics.convert import to_datatree
 
-        return to_datatree(self.draw(x, num_samples, seed, context), run=self.last_run)
+        draws = self.draw(x, num_samples, seed, context)
+        if not draws.values:
+            raise NotAvailable(f"{type(self).__name__} has no latent variables, so there is no posterior; ask for log_prob(x)")
+        return to_datatree(draws, run=self.last_run)
 
     def predict(self, data: Any, num_samples: int = 100, seed: int = 0, context: Any = None) -> dict[str, Tensor]:
         """Replicated data x_rep ~ p(x | z), z ~ q(z | x): ``{"x": (S, N, *event_shape)}`` in the units of the data."""
@@ -586,6 +648,10 @@ class GenerativeModel(_Questions, PyroModule):
 
     def save(self, path: str | Path) -> None:
         """Write settings, parameters and preprocessing to one file that executes nothing when read."""
+        if not self.family:
+            raise ValueError(
+                f"{type(self).__name__} has no name in the registry of families; set `family = ...` in the class to save it"
+            )
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
 
@@ -645,7 +711,7 @@ def _predict(
         return {
             name: site["value"]
             for name, site in replayed.nodes.items()
-            if site["type"] == "sample" and site["infer"].get("was_observed", False) and not site["infer"].get("_deterministic")
+            if site["type"] == "sample" and site["infer"].get("was_observed", False) and _is_data(site)
         }
 
     numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
@@ -654,6 +720,11 @@ def _predict(
         with keyed_rng(key(seed, "predict", number), _device(batch)), rows_at(None):
             parts.append(vectorize(once, count))
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def _is_data(site: Any) -> bool:
+    """Whether a site is data, and not a deterministic note or a factor."""
+    return not site["infer"].get("_deterministic") and not isinstance(site["fn"], pyro.distributions.Unit)
 
 
 def _positional(batch: Batch) -> tuple[Any, ...]:
@@ -680,9 +751,10 @@ class Pair(_Questions):
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> pair = Pair(model)
-        >>> run = pair.fit(torch.tensor([1.0, 2.0, 3.0]), steps=300, progress=False)
-        >>> abs(float(pair.posterior(torch.tensor([1.0, 2.0, 3.0]))["posterior"]["mu"].mean()) - 2.0) < 0.2
-        True
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> run = pair.fit(y, steps=1000, progress=False)
+        >>> round(float(pair.posterior(y)["posterior"]["mu"].mean()), 0)
+        2.0
     """
 
     default_steps = 2000
@@ -691,7 +763,7 @@ class Pair(_Questions):
         super().__init__()
         if not callable(model):
             raise TypeError(f"`model` should be a Pyro program (a function or a module), got {type(model).__name__}")
-        self.preprocess, self.last_run = None, None
+        self.preprocess, self.last_run, self.primed = None, None, False
         self.home = ParameterHome()
         self.guide_name = "mean_field" if guide is None else guide if isinstance(guide, str) else ""
         if self.guide_name:
@@ -703,6 +775,9 @@ class Pair(_Questions):
         for program in (model, guide):
             if callable(program):
                 self.home.adopt(closure_modules(program))
+            if isinstance(program, nn.Module):
+                localize(program)
+        localize(self.home)
         self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._shapes: dict[str, Any] = {}
 
@@ -714,7 +789,8 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
-        return Adam(0.01 if self.guide_name == "flow" else 0.02), replace(settings, schedule=schedule)
+        bent = isinstance(self._guide, Flow) and len(self._guide.shared) > 0
+        return Adam(0.01 if bent else 0.02), replace(settings, schedule=schedule)
 
     def default_objective(self) -> ELBO:
         """The ELBO; guides with many parameters get several draws a step."""
@@ -772,7 +848,9 @@ class Pair(_Questions):
         if batch_length(batch) == 0:
             raise ValueError(f"`{argument}` is empty; give the programs' arguments as a tensor, a tuple or a dict of arrays")
         check_finite(batch, argument)
-        reference = next(self.parameters(), None)
+        reference: Tensor | None = next(self.parameters(), None)
+        if reference is None and self._pending is not None:
+            reference = next((t for t in self._pending[0].values() if t.is_floating_point()), None)
         return batch if reference is None else place(batch, reference.device, reference.dtype)
 
     def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
@@ -791,31 +869,39 @@ class Pair(_Questions):
                 raise _one_line(error) from error
         self.home.open = False
         self._shapes = {"num_data": num_data, "minibatch": minibatch}
-        for name, program in (("model", self._model), ("guide", self._guide)):
-            if isinstance(program, nn.Module):
-                self.add_module(name, program)
+        if getattr(self._guide, "bound_to_rows", False):
+            self._shapes["rows"] = self._pending[1]["shapes"].get("rows", "") if self._pending is not None else ""
         if self._pending is not None:
             self._restore(*self._pending)
 
     def _automatic(self, batch: Batch, num_data: int, minibatch: bool) -> nn.Module:
         try:
-            terms = run_program(self._model, batch)
+            latents = list(run_latents(self._model, batch).values())
         except (ValueError, RuntimeError) as error:
             raise _one_line(error) from error
-        latents = [t for t in terms.values() if not t.observed]
         if not latents:
             return _Empty()
-        draws = vectorize(lambda: {n: t.value for n, t in run_program(self._model, batch).items() if not t.observed}, 25)
+        draws = vectorize(lambda: {n: t.value for n, t in run_latents(self._model, batch).items()}, 25)
         made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
         return cast(nn.Module, AUTOMATIC[self.guide_name](made, num_data))
 
+    def _fitted_to(self, data: Batch) -> None:
+        if getattr(self._guide, "bound_to_rows", False):
+            self._shapes["rows"] = fingerprint(data)
+
     def _ready(self, batch: Batch) -> None:
-        """Take in a loaded state at the first question."""
+        """Take in a loaded state at the first question; a guide with parameters of each row answers for those rows alone."""
         if not self._shapes and self._pending is not None:
             shapes = self._pending[1]["shapes"]
             with keyed_rng(0), torch.no_grad():
                 self.materialize(batch, shapes["num_data"], minibatch=shapes["minibatch"])
         self.programs()
+        rows = self._shapes.get("rows")
+        if rows and rows != fingerprint(batch):
+            raise NotAvailable(
+                "the automatic guide has latents of its own for each training row and does not know these rows; "
+                "an amortized guide (a function of the data) can answer for new data"
+            )
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -831,7 +917,10 @@ class Pair(_Questions):
         """Draws of the latents given ``data`` as a DataTree, dims ``(chain=1, draw, ...)``."""
         from .diagnostics.convert import to_datatree
 
-        return to_datatree(self.draw(data, num_samples, seed), run=self.last_run)
+        draws = self.draw(data, num_samples, seed)
+        if not draws.values:
+            raise NotAvailable("this pair has no latent variables, so there is no posterior; ask for log_prob(data)")
+        return to_datatree(draws, run=self.last_run)
 
     def predict(self, data: Any, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
         """Posterior predictive draws of each observed site, ``(S, *shape)``, in chunks of bounded memory."""
@@ -863,8 +952,9 @@ class Pair(_Questions):
             if shared:
                 raise NotAvailable(f"data share {shared[0]!r}, so no datum has a density of its own; ask for posterior(data)")
             value, error = importance_bound(
-                *self.programs(), batch, num_samples if traces.guide else 1, seed=seed, batch_size=batch_size
-            )
+                *self.programs(), batch, num_samples if traces.guide else 1, seed=seed, batch_size=batch_size,
+                unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS,
+            )  # fmt: skip
         size = sum(math.prod(t.fn.event_shape) for t in traces.likelihoods.values())
         if not traces.guide:
             return Score(value, "exact", size)
@@ -891,13 +981,15 @@ class Pair(_Questions):
                 f"{path} was saved with the guide {metadata['guide'] or 'of your own'!r}, this pair has {self.guide_name!r}"
             )
         self._pending = tensors, metadata
+        self.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
         if self._shapes:
             self._restore(*self._pending)
         return self
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
         load_state(self, tensors, "the file")
-        self._pending = None
+        self._pending, self.primed = None, True
 
 
 class _Empty(nn.Module):
@@ -960,14 +1052,12 @@ def load(path: str | Path) -> GenerativeModel:
     tensors, _ = files.read(path)
     try:
         with torch.device("meta"):
-            outline = FAMILIES[family](**settings)
-            outline.preprocess = from_settings(metadata["preprocess"]) if metadata.get("preprocess") else None
-        _check_outline(outline, tensors, path)
-        model = FAMILIES[family](**settings)
+            _check_outline(FAMILIES[family](**settings), tensors, path)
+        before = {"preprocess": from_settings(metadata["preprocess"])} if metadata.get("preprocess") else {}
+        model = FAMILIES[family](**settings, **before)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: settings do not fit the family {family}: {str(error)[:80]}") from error
-    if metadata.get("preprocess"):
-        model.preprocess = from_settings(metadata["preprocess"])
+    if model.preprocess is not None:
         for name, buffer in model.preprocess.named_buffers():
             if f"preprocess.{name}" in tensors and buffer.shape != tensors[f"preprocess.{name}"].shape:
                 owner = model.preprocess.get_submodule(name.rpartition(".")[0])
@@ -977,7 +1067,7 @@ def load(path: str | Path) -> GenerativeModel:
     )
     model.to(dtype)
     load_state(model, tensors, str(path))
-    model.last_run = None
+    model.primed = True
     return model
 
 

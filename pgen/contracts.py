@@ -78,6 +78,7 @@ class Score:
         num_samples: Samples a datum behind the numbers, if any.
 
     Example:
+        >>> import torch
         >>> score = Score(torch.tensor([-2.0, -4.0]), kind="exact", event_size=3)
         >>> score.mean, round(score.std_error, 4)
         (-3.0, 1.0)
@@ -143,6 +144,7 @@ class Run:
         num_data: Data in the training set.
         seed: The seed that keyed order and noise.
         converged: None where no rule was asked to judge.
+        restored: The validation bound of the parameters that were restored after training; None if the last ones stand.
     """
 
     history: dict[str, np.ndarray] = field(default_factory=dict)
@@ -157,20 +159,32 @@ class Run:
     num_data: int = 0
     seed: int = 0
     converged: bool | None = None
+    restored: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bound(self) -> float:
         """The last bound: of the validation data where there are any, else the mean over the last tenth of training."""
+        if self.restored is not None:
+            return self.restored
         if len(self.validation.get("bound", ())):
             return float(self.validation["bound"][-1])
         loss = self.history.get("loss", np.zeros(0))
         return -float(np.mean(loss[-max(1, len(loss) // 10) :])) if len(loss) else math.nan
 
+    @property
+    def bound_std_error(self) -> float:
+        """Standard error of a validation ``bound`` over the data; NaN without validation data."""
+        bounds = self.validation.get("bound", np.zeros(0))
+        if not len(bounds):
+            return math.nan
+        row = -1 if self.restored is None else int(np.argmin(np.abs(bounds - self.restored)))
+        return float(self.validation["std_error"][row])
+
     def __str__(self) -> str:
         rate = self.steps / self.seconds if self.seconds > 0 else math.nan
         where = "validation" if len(self.validation.get("bound", ())) else "training"
-        error = f" ± {self.validation['std_error'][-1]:.3f}" if where == "validation" else ""
+        error = f" ± {self.bound_std_error:.3f}" if where == "validation" else ""
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
         total = f"N = {self.num_data}, in all {self.bound * self.num_data:.2f}"
@@ -256,7 +270,7 @@ def check_positive(argument: str, value: float | None, *, allow_none: bool = Fal
     """Raise ValueError unless ``value`` is a positive number (an integer unless said)."""
     if value is None and allow_none:
         return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not is_number or value <= 0 or not math.isfinite(value) or (integer and value != int(value)):  # type: ignore[operator,arg-type]
         raise ValueError(f"`{argument}` should be a positive {'integer' if integer else 'number'}, got {value!r}")
 

@@ -6,7 +6,9 @@ The rest of pgen never touches Pyro's global store, its validation flag or its t
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +36,15 @@ __all__ = [
     "batch_length",
     "call",
     "check_pair",
+    "check_support",
+    "closure_modules",
     "current_rows",
     "draw",
     "isolated",
     "keyed_rng",
+    "localize",
     "rows_at",
+    "run_latents",
     "run_pair",
     "run_program",
     "vectorize",
@@ -116,6 +122,8 @@ class _Homecoming(Messenger):
         self.home = home
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
+        if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
+            return  # a PyroModule's own parameter, which it holds itself
         args, kwargs = msg["args"], msg["kwargs"]
         init = args[1] if len(args) > 1 else kwargs.get("init_tensor")
         constraint = kwargs.get("constraint") or torch.distributions.constraints.real
@@ -126,7 +134,9 @@ class _Homecoming(Messenger):
 @contextlib.contextmanager
 def isolated(home: ParameterHome | None = None, *, validate: bool = False) -> Iterator[None]:
     """Run Pyro statements with module-local parameters, an empty store and a chosen validation flag; then restore all."""
+    flag = torch.distributions.Distribution._validate_args  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.distributions.Distribution.set_default_validate_args, bool(flag))
         stack.enter_context(pyro.settings.context(module_local_params=True))
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.validation_enabled(validate))
@@ -135,8 +145,20 @@ def isolated(home: ParameterHome | None = None, *, validate: bool = False) -> It
         yield
 
 
+def localize(module: nn.Module) -> None:
+    """Let PyroModules that were made outside ``isolated`` keep their parameters to themselves inside it."""
+    for part in module.modules():
+        context = getattr(part, "_pyro_context", None)
+        if context is not None and not hasattr(context, "param_state"):
+            context.param_state = {"params": {}, "constraints": {}}
+
+
 def closure_modules(fn: Callable[..., Any]) -> dict[str, nn.Module]:
-    """The ``nn.Module`` objects that a plain function refers to, by name."""
+    """The ``nn.Module`` objects that a plain function or a bound method refers to, by name."""
+    if isinstance(getattr(fn, "__self__", None), nn.Module):
+        return {"self": fn.__self__}  # type: ignore[attr-defined]
+    if isinstance(fn, functools.partial):
+        return closure_modules(fn.func)
     if isinstance(fn, nn.Module) or not inspect.isfunction(inspect.unwrap(fn)):
         return {}
     found = inspect.getclosurevars(inspect.unwrap(fn))
@@ -292,11 +314,14 @@ def _term(site: dict[str, Any], double: bool) -> Term:
     return Term(site["name"], value, fn, log_prob, site["scale"], plates, bool(site["is_observed"]), auxiliary)
 
 
+def _sites(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False):
+            yield name, site
+
+
 def _terms(trace: poutine.Trace, double: bool) -> dict[str, Term]:
-    sites = (s for s in trace.nodes.values() if s["type"] == "sample")
-    return {
-        s["name"]: _term(s, double) for s in sites if not site_is_subsample(s) and not s["infer"].get("_deterministic", False)
-    }
+    return {name: _term(site, double) for name, site in _sites(trace)}
 
 
 def _subsampled(trace: poutine.Trace) -> bool:
@@ -325,6 +350,12 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch,
 def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = False) -> dict[str, Term]:
     """Run one program and describe its sites; inside ``isolated``."""
     return _terms(poutine.trace(program).get_trace(*_args(batch), **_kwargs(batch)), double)
+
+
+def run_latents(model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
+    """Run the model and describe its latent sites alone; inside ``isolated``."""
+    trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
+    return {name: _term(s, False) for name, s in _sites(trace) if not s["is_observed"]}
 
 
 def _args(batch: Batch) -> tuple[Any, ...]:
@@ -371,7 +402,8 @@ def vectorize(fn: Callable[[], Any], num: int) -> Any:
     without a batching rule, control flow on values) are run ``num`` times in a loop: slower, the same distribution.
     """
     try:
-        with _OutOfPlaceNoise():
+        with _OutOfPlaceNoise(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             return torch.func.vmap(lambda _: fn(), randomness="different")(torch.empty(num))
     except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError):
         runs = [fn() for _ in range(num)]
@@ -422,8 +454,8 @@ def draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num
     return Draws(
         values={name: value.detach() for name, value in out["values"].items()},
         dims=dims,
-        log_p=_joint(out["p"]),
-        log_q=_joint(out["q"]),
+        log_p=_joint(out["p"], num_samples),
+        log_q=_joint(out["q"], num_samples),
         log_p_rows=_in_plate(out["p"], traces.model),
         log_q_rows=_in_plate(out["q"], traces.guide, like=_in_plate(out["p"], traces.model)),
         log_likelihood={name: value.detach() for name, value in out["likelihood"].items()},
@@ -443,7 +475,9 @@ def _point_masses(guide: dict[str, Term]) -> tuple[str, ...]:
     return tuple(term.name for term in guide.values() if isinstance(_base(term.fn), pyro.distributions.Delta))
 
 
-def _joint(rows: dict[str, Tensor]) -> Tensor:
+def _joint(rows: dict[str, Tensor], num_samples: int) -> Tensor:
+    if not rows:
+        return torch.zeros(num_samples, dtype=torch.float64)
     return torch.stack([r.reshape(len(r), -1).sum(-1) for r in rows.values()]).sum(0).detach()
 
 
@@ -515,6 +549,12 @@ def _check_site(program: str, site: dict[str, Any], rows: int, num_data: int) ->
             f"{_shape_hint(tuple(fn.shape()), tuple(value.shape))}"
         )
     plates = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+    own = next((f for f in plates.values() if f.name == DATA_PLATE and f.full_size not in (None, f.size)), None)
+    if own is not None:
+        raise ValueError(
+            f'plate "{DATA_PLATE}" of {where} subsamples by itself ({own.size} of {own.full_size}), and fit would scale it '
+            f'again: write pyro.plate("{DATA_PLATE}", len(y)) and give fit the batch_size'
+        )
     for axis in range(-len(fn.batch_shape), 0):
         size = fn.batch_shape[axis]
         if size > 1 and axis not in plates:
@@ -542,19 +582,13 @@ def _shape_hint(expected: tuple[int, ...], got: tuple[int, ...]) -> str:
 
 
 def _check_values(where: str, site: dict[str, Any]) -> None:
-    fn, value = site["fn"], site["value"]
-    base = _base(fn)
+    fn, value, mask = site["fn"], site["value"], site["mask"]
     if site["is_observed"] and value.numel():
-        inside = base.support.check(value)
-        if not bool(inside.all()):
-            first = tuple(int(i) for i in (~inside).nonzero()[0]) if inside.dim() else ()
-            bad = value[first]
-            got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
-            raise ValueError(
-                f"{where}: data row {first[0] if first else 0} holds {got}, outside the support {base.support} of "
-                f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
-            )
-    log_prob = fn.log_prob(value)
+        check_support(where, fn, value, mask)
+    part = fn
+    while part is not None:  # masked values may lie outside the support, and an expanded distribution validates by itself
+        part._validate_args, part = False, getattr(part, "base_dist", None)
+    log_prob = scale_and_mask(fn.log_prob(value), mask=mask)
     finite = torch.isfinite(log_prob)
     if not bool(finite.all()):
         raise ValueError(
@@ -563,7 +597,29 @@ def _check_values(where: str, site: dict[str, Any]) -> None:
         )
 
 
+def check_support(where: str, fn: Any, value: Tensor, mask: Any = None) -> None:
+    """Raise ValueError, naming the first row, if values that are not masked lie outside a distribution's support."""
+    base = _base(fn)
+    inside = base.support.check(value)
+    for part in (mask, getattr(fn, "_mask", None)):
+        if isinstance(part, (bool, Tensor)):
+            seen = torch.as_tensor(part, device=inside.device)
+            inside = inside | ~seen.reshape(seen.shape + (1,) * max(0, inside.dim() - seen.dim()))
+    if bool(inside.all()):
+        return
+    first = tuple(int(i) for i in (~inside).nonzero()[0]) if inside.dim() else ()
+    bad = value[first]
+    got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
+    raise ValueError(
+        f"{where}: data row {first[0] if first else 0} holds {got}, outside the support {base.support} of "
+        f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
+    )
+
+
 def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
+    """The distribution of one scalar (or of one indivisible event) under ``to_event``, ``expand`` and ``mask``."""
+    expanded = pyro.distributions.torch_distribution.ExpandedDistribution
+    wrappers = (torch.distributions.Independent, pyro.distributions.MaskedDistribution, expanded)
+    while isinstance(fn, wrappers):
         fn = fn.base_dist
     return fn

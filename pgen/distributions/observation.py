@@ -77,7 +77,7 @@ class Categorical(Observation):
 
     def features(self, x: Tensor) -> Tensor:
         """x / (num_classes - 1)."""
-        return x.to(torch.get_default_dtype()) / max(self.outputs - 1, 1)
+        return x / max(self.outputs - 1, 1)
 
     def start(self, x: Tensor) -> Tensor:
         """Log frequencies, one count added to each class."""

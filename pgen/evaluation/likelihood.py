@@ -48,10 +48,10 @@ def take(batch: Batch, rows: slice | Tensor) -> Batch:
     return tree_map_only(Tensor, lambda t: t[rows] if t.dim() else t, batch)
 
 
-def row_units(batch: Batch) -> Iterator[tuple[int, slice]]:
+def row_units(batch: Batch, size: int = UNIT_ROWS) -> Iterator[tuple[int, slice]]:
     """``(number, rows)`` of the units of a batch."""
-    for number, start in enumerate(range(0, batch_length(batch), UNIT_ROWS)):
-        yield number, slice(start, min(start + UNIT_ROWS, batch_length(batch)))
+    for number, start in enumerate(range(0, batch_length(batch), size)):
+        yield number, slice(start, min(start + size, batch_length(batch)))
 
 
 def importance_bound(
@@ -63,6 +63,7 @@ def importance_bound(
     seed: int,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unit_rows: int = UNIT_ROWS,
 ) -> tuple[Tensor, Tensor]:
     r"""Each datum's K-sample bound, and its Monte Carlo standard error.
 
@@ -77,6 +78,7 @@ def importance_bound(
         seed: Keys the noise.
         batch_size: Rows whose likelihood is evaluated at a time; changes memory, not results.
         progress: Called with (rows done, rows in all).
+        unit_rows: Rows that share one noise key; all of them for a guide with parameters of each row.
 
     Returns:
         Bound and standard error, ``(N,)`` each, float64, in nats.
@@ -87,7 +89,7 @@ def importance_bound(
     total, device = batch_length(batch), _device(batch)
     weigh = _Weigher(model, guide, batch, num_samples, batch_size)
     bounds, errors = [], []
-    for number, rows in row_units(batch):
+    for number, rows in row_units(batch, unit_rows):
         unit = take(batch, rows)
         first = second = None
         for chunk, start in enumerate(range(0, num_samples, UNIT_SAMPLES)):
@@ -98,7 +100,7 @@ def importance_bound(
         assert first is not None and second is not None
         bounds.append(first - math.log(num_samples))
         relative = (second - 2 * first + math.log(num_samples)).exp() - 1
-        errors.append((relative.clamp(min=0) / num_samples).sqrt())
+        errors.append((relative.clamp(min=0) / num_samples).sqrt() if num_samples > 1 else torch.full_like(relative, math.nan))
         if progress is not None:
             progress(rows.stop, total)
     return torch.cat(bounds), torch.cat(errors)

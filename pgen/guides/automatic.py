@@ -69,7 +69,7 @@ class Latent:
     @classmethod
     def from_term(cls, term: Term, draws: Tensor, minibatch: bool) -> Latent:
         """From a latent site and draws of its prior ``(S, *shape)``, whose median is the starting point."""
-        if getattr(term.fn, "has_enumerate_support", False):
+        if getattr(term.fn, "has_enumerate_support", False) or term.fn.support.is_discrete:
             raise ValueError(
                 f"latent {term.name!r} is discrete ({type(term.fn).__name__}), and automatic guides are continuous; "
                 f"sum it out of the model or write a guide"
@@ -150,6 +150,12 @@ class _Automatic(nn.Module):
 
     def sample_shared(self) -> None:
         raise NotImplementedError
+
+    @property
+    def bound_to_rows(self) -> bool:
+        """Whether some latent belongs to one datum, so that the guide answers for its training data alone."""
+        own = any(name == DATA_PLATE for latent in self.shared for name, _, _ in latent.plates)
+        return own or len(self.tables) > 0
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -242,7 +248,7 @@ class Flow(_Joint):
         with _validation_flag_kept():
             import zuko
         size = len(self.loc)
-        self.flow = zuko.flows.MAF(size, transforms=transforms, hidden_features=hidden, randperm=False)
+        self.flow = zuko.flows.MAF(size, transforms=transforms, hidden_features=hidden, randperm=False).to(self.loc)
         with torch.no_grad():
             for name, parameter in self.flow.named_parameters():
                 if len(parameter) == 2 * size or ".phi." in name:

@@ -102,7 +102,7 @@ class VAE(GenerativeModel):
     def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> None:
         """q(z | x, c)."""
         assert x is not None
-        features = flatten(self.observation.features(x), len(self.event_shape))
+        features = flatten(self.observation.features(x), len(self.event_shape)).to(next(self.encoder.parameters()))
         with self.plate(x, context):
             pyro.sample("z", self.encoder(_with(features, context)))
 

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from .kernels import faster_products
 
-__all__ = ["BackgroundCompile", "CaptureRefused", "CudaReplay", "capture", "compile_graph", "retrace"]
+__all__ = ["BackgroundCompile", "CaptureRefused", "CompileFailed", "CudaReplay", "capture", "compile_graph", "retrace"]
 
 TensorFunction = Callable[..., Sequence[Tensor]]
 
@@ -37,10 +37,14 @@ class CaptureRefused(Exception):
     """The function cannot be captured without changing what it computes. The message is one line for users."""
 
 
+class CompileFailed(Exception):
+    """There is no compiled code: no compiler on this machine, or an operation that it does not know. One line for users."""
+
+
 class _NoEscape(TorchFunctionMode):
     """Refuses to hand tensor values to NumPy, where the graph would lose sight of them."""
 
-    _ESCAPES: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
+    _ESCAPES: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._ESCAPES:
@@ -273,8 +277,11 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunc
     """Compile a captured graph with inductor; its noise is the eager generator's, and results are cached between processes."""
     from torch._inductor import config, standalone_compile
 
-    with config.patch(fallback_random=True, compile_threads=1), torch.no_grad():
-        return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    try:
+        with config.patch(fallback_random=True, compile_threads=1), torch.no_grad():
+            return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    except Exception as error:  # whatever a compiler may raise becomes one line, and the graph tier goes on
+        raise CompileFailed(f"compilation failed, {_reason(error)}") from error
 
 
 class BackgroundCompile:
@@ -336,8 +343,8 @@ class BackgroundCompile:
     def _take(self) -> None:
         try:
             self._result = compile_graph(self._graph, self._inputs)
-        except Exception as error:  # the reason is shown to the user; training goes on in the graph tier
-            self.reason = f"compilation failed, {_reason(error)}"
+        except CompileFailed as failure:
+            self.reason = str(failure)
 
     def result(self, wait: bool = False) -> TensorFunction | None:
         """The compiled function, or None while it is being made."""

@@ -21,7 +21,7 @@ from ..data.arrays import fingerprint
 from ..data.batches import Batches, key, step_keys
 from ..programs import keyed_rng, rows_at, seed_generators
 from .callbacks import Callback
-from .capture import BackgroundCompile, CaptureRefused
+from .capture import BackgroundCompile, CaptureRefused, CompileFailed
 from .checkpoint import Checkpoint, check_same
 from .optim import External, from_torch, internal
 from .progress import Progress
@@ -98,6 +98,10 @@ class Training:
         check_positive("clip_norm", self.clip_norm, allow_none=True, integer=False)
         check_positive("validate_every", self.validate_every, allow_none=True)
         check_positive("unroll", self.unroll, allow_none=True)
+        check_positive("max_nonfinite", self.max_nonfinite)
+        check_positive("checkpoint_every", self.checkpoint_every, allow_none=True)
+        if self.early_stopping is not None and self.early_stopping != 0:
+            check_positive("early_stopping", self.early_stopping)
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"`ema` is a decay in (0, 1), such as 0.999, got {self.ema}")
 
@@ -110,7 +114,10 @@ class Training:
         """The device that ``device`` names."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"`device` is {self.device!r}, which torch does not know; use 'auto', 'cpu' or 'cuda'") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"`device` is {self.device!r}, but torch sees no GPU; use device='cpu' or 'auto'")
         return device
@@ -145,6 +152,12 @@ class _Plan:
         return cls(total, batches, every)
 
 
+def _mean(values: np.ndarray) -> float:
+    """Mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
 @dataclass
 class _Log:
     """Columns of the history, and the validation table."""
@@ -165,7 +178,7 @@ class _Log:
         if len(loss) < 4:
             return 0.0
         half = len(loss) // 2
-        return float((np.nanmean(loss[:half]) - np.nanmean(loss[half:])) / half * 1000)
+        return (_mean(loss[:half]) - _mean(loss[half:])) / half * 1000
 
 
 @contextmanager
@@ -272,7 +285,8 @@ class _Loop:
             return self.step.eager
         length = -1 if index is None else len(index)
         if length not in self.runners:
-            self.runners[length] = self.step.graph(index, self._other(step))
+            with keyed_rng(0, self.device):  # capturing seeds the generators: give the step its own noise back
+                self.runners[length] = self.step.graph(index, self._other(step))
         return self.runners[length]
 
     def _other(self, step: int) -> Tensor | None:
@@ -285,10 +299,10 @@ class _Loop:
 
     def raise_to_graph(self, step: int) -> bool:
         """Capture, for the ragged last batch too; on refusal stay eager and remember why."""
-        last = (step // len(self.batches) + 1) * len(self.batches) - 1
+        first = step // len(self.batches) * len(self.batches)
         try:
             self.tier = "graph"
-            for number in (step, last):
+            for number in (first, first + len(self.batches) - 1):
                 self.runner(self.index(number), number)
             return True
         except CaptureRefused as refusal:
@@ -308,7 +322,10 @@ class _Compilation:
         self._work: BackgroundCompile | None = None
         self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
         if wait:
-            self._take(loop.step.compiled(rows, scalars))
+            try:
+                self._take(loop.step.compiled(rows, scalars))
+            except CompileFailed as failure:
+                loop.reason = str(failure)
         else:
             self._work = BackgroundCompile(*loop.step.traced(rows, scalars))
 
@@ -376,6 +393,7 @@ class _Trainer:
         self.block, self.step_seconds = 1, math.nan
         self.compilation: _Compilation | None = None
         self.best: tuple[float, list[Tensor]] | None = None
+        self.stopped = ""
         self.bad_validations = 0
         self.run = Run(num_data=loop.num_data, seed=loop.seed)
         patience = loop.training.early_stopping
@@ -390,17 +408,16 @@ class _Trainer:
             with torch.no_grad():
                 self._resume()
                 self._settle()
-                stopped = ""
-                while not stopped and self.done < self.plan.steps:
+                while not self.stopped and self.done < self.plan.steps:
                     self._advance(start)
-                    stopped = self._after_block() or ("interrupted (Ctrl-C)" if caught else "")
-                    self._save(due=bool(stopped) or self.done == self.plan.steps)
-            self.run.stopped = stopped or f"all {self.plan.steps} steps done"
+                    self.stopped = self._after_block() or ("interrupted (Ctrl-C)" if caught else "")
+                    self._save(due=bool(self.stopped) or self.done == self.plan.steps)
+            self.run.stopped = self.stopped or f"all {self.plan.steps} steps done"
         finally:
             self.bar.close()
             self._finish(start)
-        for callback in self.callbacks:
-            callback.on_end(self.run)
+            for callback in self.callbacks:
+                callback.on_end(self.run)
         return self.run
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -409,8 +426,8 @@ class _Trainer:
         """What must be the same for a resumed run to be the same run."""
         loop, training = self.loop, self.loop.training
         schedule = training.schedule if isinstance(training.schedule, (str, type(None))) else "own"
+        augment = training.augment
         return {
-            "data": fingerprint(tree_unflatten(loop.leaves, loop.spec)),
             "objective": repr(loop.objective) if "object at" not in repr(loop.objective) else type(loop.objective).__name__,
             "optimizer": repr(loop.optimizer) if not isinstance(loop.optimizer, External) else "own",
             "batch_size": loop.batch_size,
@@ -418,6 +435,8 @@ class _Trainer:
             "schedule": schedule,
             "steps": self.plan.steps if schedule not in (None, "constant") else "any",
             **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping", "validate_every")},
+            "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
+            "data": fingerprint(tree_unflatten(loop.leaves, loop.spec)),
         }
 
     def _save(self, due: bool) -> None:
@@ -436,7 +455,8 @@ class _Trainer:
             "bad": self.bad_validations,
         }
         metadata = {
-            "configuration": self._configuration(), "counters": counters, "validation": self.log.validation,
+            "configuration": self._configuration(), "counters": counters, "stopped": self.stopped,
+            "validation": {n: [v if math.isfinite(v) else None for v in c] for n, c in self.log.validation.items()},
             "best": None if self.best is None else self.best[0], "metrics": step.metric_names,
         }  # fmt: skip
         self.checkpoint.write(tensors, self.log.history(), metadata)
@@ -460,7 +480,8 @@ class _Trainer:
         counters = metadata["counters"]
         self.done, self.skipped, self.skipped_in_row = counters["done"], counters["skipped"], counters["skipped_in_row"]
         self.bad_validations, self.saved_at = counters["bad"], counters["done"]
-        self.log.validation = metadata["validation"]
+        self.log.validation = {n: [math.nan if v is None else v for v in c] for n, c in metadata["validation"].items()}
+        self.stopped = metadata["stopped"] if metadata["stopped"].startswith("validation") else ""
         self.log.add(**history)
         self.loop.step.metric_names = metadata["metrics"]
 
@@ -504,6 +525,8 @@ class _Trainer:
             self.compilation = _Compilation(self.loop, self.done, unroll, self.rate, wait)
         except CaptureRefused as refusal:
             self.loop.reason = str(refusal)
+        if wait and self.loop.tier != "compiled" and self.loop.training.compile == "compiled":
+            raise ValueError(f"compile='compiled' is not possible: {self.loop.reason}; compile='auto' takes the graph tier")
 
     def _unroll(self) -> int:
         """Steps worth putting into one call: several where a step is all overhead, as long as the graph stays small."""
@@ -517,7 +540,8 @@ class _Trainer:
         """Run a block of steps and write them into the history."""
         self._improve()
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
-        count = min(self.block, self.plan.steps - self.done, until_validation if self.validation is not None else self.block)
+        left = self.plan.steps - self.done
+        count = self._whole_calls(self.block, min(left, until_validation) if self.validation is not None else left)
         began = time.perf_counter()
         columns = self._run(count)
         host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
@@ -525,6 +549,12 @@ class _Trainer:
         self.step_seconds = (now - began) / count
         self.block = max(1, min(int(BLOCK_SECONDS / self.step_seconds), self.block * 4, 20_000))
         self._record(count, host, now - start)
+
+    def _whole_calls(self, block: int, limit: int) -> int:
+        """Steps of a block: up to ``limit``, and otherwise to a multiple of the unrolled steps, wherever the clock puts it."""
+        unroll = 1 if self.compilation is None else self.compilation.unroll
+        end = (self.done + max(block, unroll)) // unroll * unroll
+        return min(end - self.done, limit)
 
     def _run(self, count: int) -> list[list[Tensor]]:
         loop, done = self.loop, self.done
@@ -545,8 +575,8 @@ class _Trainer:
     def _call(self, index: Tensor | None, table: Tensor, i: int, count: int) -> tuple[int, list[Tensor]]:
         """One call of the tier at hand: the steps it took, and its outputs ``(steps,)``."""
         loop, compiled = self.loop, self.compilation
-        if compiled is not None and compiled.run is not None and i + compiled.unroll <= count:
-            u = compiled.unroll
+        u = 1 if compiled is None else compiled.unroll
+        if compiled is not None and compiled.run is not None and i + u <= count and (self.done + i) % u == 0:
             if index is None:
                 return u, compiled.run(None, table[i : i + u])
             rows = [index] if u == 1 else [loop.batches.indices(self.done + j) for j in range(i, i + u)]
@@ -565,7 +595,7 @@ class _Trainer:
         self.done += count
         self.skipped += int(skip.sum())
         self.skipped_in_row = self.skipped_in_row + count if skip.all() else int(np.argmin(skip[::-1]))
-        means = {name: float(np.nanmean(v)) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
+        means = {name: _mean(v) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
         for callback in self.callbacks:
             callback.on_log(self.done, {**means, "lr": float(lr[-1]), "seconds": seconds})
         best = f" · validation {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
@@ -591,7 +621,7 @@ class _Trainer:
     def _judge(self, bound: float) -> str:
         if not self.patience:
             return ""
-        if self.best is None or bound > self.best[0]:
+        if math.isfinite(bound) and (self.best is None or bound > self.best[0]):
             self.best = bound, [v.clone() for v in self._current()]
             self.bad_validations = 0
             return ""
@@ -628,6 +658,7 @@ class _Trainer:
         final = self.best[1] if self.best is not None else loop.step.ema
         if self.best is not None and not run.stopped.startswith("validation"):
             run.stopped += "; best validated parameters restored"
+        run.restored = None if self.best is None else self.best[0]
         for value, better in zip(loop.step.values, final):
             value.copy_(better)
         run.history = self.log.history()

@@ -166,12 +166,17 @@ class External:
     @property
     def lr(self) -> float:
         """The first group's step size."""
-        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else math.nan
+        if self.optimizer is None:
+            return math.nan
+        group = self.optimizer.param_groups[0]
+        return float(group.get("initial_lr", group["lr"]))
 
     def bind(self, params: list[nn.Parameter]) -> None:
         """Construct the optimizer over ``params``."""
         if self.optimizer is None:
             self.optimizer = self._make(params)  # type: ignore[operator]
+        if not isinstance(self.optimizer, torch.optim.Optimizer) or isinstance(self.optimizer, torch.optim.LBFGS):
+            raise TypeError(f"{_WANTED}, got {type(self.optimizer).__name__}, which does not step on one gradient")
 
     def step(self, params: list[nn.Parameter], grads: list[Tensor], lr: float) -> None:
         """One step, with the learning rate of every group scaled alike."""
@@ -185,6 +190,10 @@ class External:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+_WANTED = (
+    "`optimizer` should be a learning rate, pgen.training.Adam(...), a torch optimizer or a function of the parameters that "
+    "makes one"
+)
 _FUSABLE = {"amsgrad": False, "maximize": False, "differentiable": False, "nesterov": False, "dampening": 0}
 
 
@@ -198,12 +207,10 @@ def from_torch(optimizer: Any) -> Any:
         return Adam(lr=float(optimizer))
     if isinstance(optimizer, (Adam, SGD, External)):
         return optimizer
-    if isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer):
+    foreign = type(optimizer).__module__.startswith("pyro.")
+    if isinstance(optimizer, torch.optim.Optimizer) or (callable(optimizer) and not foreign):
         return External(optimizer)
-    raise TypeError(
-        f"`optimizer` should be a learning rate, pgen.training.Adam(...), a torch optimizer or a function of the parameters "
-        f"that makes one, got {type(optimizer).__name__}"
-    )
+    raise TypeError(f"{_WANTED}, got {type(optimizer).__module__}.{type(optimizer).__name__}")
 
 
 def internal(external: External, params: list[nn.Parameter]) -> Any:
