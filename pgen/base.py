@@ -1053,7 +1053,7 @@ def load(path: str | Path) -> GenerativeModel:
     try:
         with torch.device("meta"):
             _check_outline(FAMILIES[family](**settings), tensors, path)
-        before = {"preprocess": from_settings(metadata["preprocess"])} if metadata.get("preprocess") else {}
+        before: dict[str, Any] = {"preprocess": from_settings(metadata["preprocess"])} if metadata.get("preprocess") else {}
         model = FAMILIES[family](**settings, **before)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: settings do not fit the family {family}: {str(error)[:80]}") from error
