@@ -201,6 +201,8 @@ def _optimised(evidence: Evidence) -> Claim:
         raise NotMeasured("the model carries no record of a fit (`last_run` is None)")
     if not len(run.history.get("loss", ())):
         raise NotMeasured(f"the record of the fit has no losses ({run.stopped or 'no reason given'})")
+    if run.restored is not None and not run.skipped:
+        return _validated(run, run.restored)
     found = plateau(run)
     limit, why = _improvement_limit(evidence)
     status, explanation = _plateau_verdict(found, limit)
@@ -215,6 +217,32 @@ def _optimised(evidence: Evidence) -> Claim:
         threshold=f"< {limit:.3g}",
         n=found.entries,
         explanation=f"{explanation}{skipped} Window: from step {found.first_step} on{_lr_words(found)}; {why}.",
+    )
+
+
+PAST_THE_PEAK = 5
+"""Validations without a better bound after which the held-out bound counts as past its peak."""
+
+
+def _validated(run: Run, restored: float) -> Claim:
+    """Where the best validated parameters were restored, the held-out bound says whether training could still help."""
+    bounds = np.asarray(run.validation["bound"], dtype=np.float64)
+    since = len(bounds) - 1 - int(np.nanargmax(bounds))
+    past = since >= PAST_THE_PEAK
+    explanation = (
+        "The held-out bound is past its peak, and the parameters are those of the peak. That the training bound went on "
+        "rising is overfitting, not unfinished work."
+        if past
+        else "The best validated parameters lie close to the end of the fit: train longer, or let early stopping decide."
+    )
+    return Claim(
+        1,
+        "supported" if past else "undecided",
+        statistic="validations since the best held-out bound",
+        estimate=float(since),
+        threshold=f">= {PAST_THE_PEAK}",
+        n=len(bounds),
+        explanation=f"{explanation} Held-out bound {restored:.3f} nats a datum at its best, {bounds[-1]:.3f} at the end.",
     )
 
 

@@ -138,6 +138,22 @@ def test_the_bound_at_the_end(run, verdict, words):
     assert status(found)[1] == verdict and words in found.claims.loc[1, "explanation"]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "verdict", "words"),
+    [
+        ([-9.0, -7.0, -7.5, -7.6, -7.7, -7.8, -7.9], "supported", "overfitting, not unfinished work"),
+        ([-9.0, -8.0, -7.6, -7.0, -7.1], "undecided", "close to the end"),
+    ],
+)
+def test_restored_parameters_are_judged_by_the_held_out_bound(bounds, verdict, words):
+    run = flat_run(4000, slope=1e-4, noise=0.005)
+    run.validation = {"step": np.arange(len(bounds)), "bound": np.array(bounds), "std_error": np.full(len(bounds), 0.1)}
+    run.restored = max(bounds)
+    found = report(gaussian_fit([0.0], [1.0], last_run=run), Y)
+    assert status(found)[1] == verdict and words in found.claims.loc[1, "explanation"]
+    assert found.claims.loc[1, "estimate"] == len(bounds) - 1 - bounds.index(max(bounds))
+
+
 def test_the_tolerance_is_for_the_whole_data_set_where_latents_are_shared():
     assert report(gaussian_fit([0.0], [1.0], last_run=flat_run(num_data=50)), Y).claims.loc[1, "threshold"] == "< 0.01"
     assert report(gaussian_fit([0.0], [1.0], last_run=flat_run(num_data=5)), Y).claims.loc[1, "threshold"] == "< 0.1"
