@@ -1,0 +1,94 @@
+"""Every example runs to its end, at small sizes, and writes or returns what it says."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pgen
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested_here():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [path.stem for path in sorted(EXAMPLES.glob("*.py")) if f'example("{path.stem}")' not in text] == []
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    module = example("demo")
+    with module.console.capture() as capture:
+        files = module.main(tmp_path_factory.mktemp("demo"), module.QUICK, progress=False)
+    return files, capture.get()
+
+
+def test_demo_writes_what_it_lists(demo):
+    files, said = demo
+    assert {path.name for path in files} >= {"model.pgen", "digits.html", "eight_schools.html", "khat.png"}
+    assert all(path.stat().st_size > 1000 for path in files)
+    assert "the same to the last bit" in said and "DIFFERENT" not in said
+    assert said.rstrip().endswith("kB")
+
+
+def test_demo_report_holds_its_pictures_and_its_model_is_loaded(demo):
+    files, _ = demo
+    page = next(path for path in files if path.name == "digits.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 5 and "src=" in page and "http" not in page.split("<body>")[1][:1000]
+    vae = pgen.load(next(path for path in files if path.suffix == ".pgen"))
+    assert vae.sample(2).shape == (2, 8, 8)
+
+
+def test_baseline_of_the_demo_is_a_mass():
+    module = example("demo")
+    grey = pgen.data.digits(integers=True)
+    score = module.pixel_baseline(grey.train, grey.test)
+    assert score.kind == "exact" and score.mean == pytest.approx(-106.47, abs=0.01)  # add-one smoothing, by hand in NumPy
+
+
+def test_eight_schools_compares_four_guides(capsys):
+    reports = example("eight_schools").main(steps=200, num_samples=500, progress=False)
+    assert list(reports) == ["own", "mean-field", "full rank", "flow"]
+    said = capsys.readouterr().out
+    assert "4.41" in said and "3.60" in said and said.count("±") >= 8
+
+
+def test_minibatch_regression_resists_gross_errors(capsys):
+    found = example("minibatch_regression").main(rows=300, steps=1000, batch_size=100, num_samples=200, progress=False)
+    for mean, sd in found.values():
+        np.testing.assert_allclose(mean, [-1.0, 2.0, 0.0, -0.5], atol=0.3)  # least squares: intercept -0.2
+        assert (sd > 0).all()
+    assert "of 500 new answers" in capsys.readouterr().out
+
+
+def test_latent_space_draws_three_pictures(tmp_path, capsys):
+    files = example("latent_space").main(tmp_path, epochs=2, number=50, progress=False)
+    assert [path.name for path in files] == ["grids.png", "codes.png", "walks.png"]
+    assert all(path.stat().st_size > 1000 for path in files)
+    assert "as near as real digits, code box" in capsys.readouterr().out
+
+
+def test_gaps_of_a_lattice_are_known():
+    module = example("latent_space")
+    codes = module.lattice(21) * 4 - 2  # spacing 0.2 in a box of side 4
+    spacing = 0.2 / float(codes[:, 0].std())
+    assert 0.25 * spacing < module.gap(codes, number=500, seed=0) < 0.6 * spacing  # 0.38 of the spacing for a square lattice
+
+
+def test_walks_of_a_linear_decoder_are_even():
+    module = example("latent_space")
+    codes = module.lattice(20)
+    sd = float(codes[:, 0].std())
+    steepest, busiest = module.walks(lambda z: 3.0 * z[:, :1, None], codes[:, :1], number=50)
+    assert steepest == pytest.approx(3.0 * sd, rel=1e-3)
+    assert busiest == pytest.approx(6 / 64, rel=1e-3)
