@@ -56,7 +56,7 @@ def digits(out: Path, size: Size, progress: bool) -> list[Path]:
     x = pgen.data.digits(integers=True)
     title("1  Handwritten digits: a family off the shelf")
     console.print(
-        f"data   {len(x.train)} to train, {len(x.validation)} to validate, {len(x.test)} to test; 8 x 8, 17 grey levels\n"
+        f"data  {len(x.train)} to train, {len(x.validation)} to validate, {len(x.test)} to test; 8 x 8, 17 grey levels\n"
     )
 
     vae = pgen.models.VAE((8, 8), latent_dim=16, hidden=(256,), likelihood="categorical", num_classes=17)
