@@ -789,6 +789,8 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
+        if not self.guide_name and any(p.dim() > 1 for p in self.parameters()):
+            return Adam(1e-3), settings  # networks: a rate for a handful of variational parameters would blow them up
         bent = isinstance(self._guide, Flow) and len(self._guide.shared) > 0
         return Adam(0.01 if bent else 0.02), replace(settings, schedule=schedule)
 
@@ -823,7 +825,7 @@ class Pair(_Questions):
             validation: Held-out arguments.
             objective: ``pgen.ELBO()`` by default (with 8 draws a step for the full-rank and flow guides), or ``pgen.IWAE(k)``.
             optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 (0.01 for the flow guide) with a cosine
-                schedule to zero.
+                schedule to zero; where a guide of your own comes with networks, Adam at 1e-3.
             epochs: Passes over the data.
             steps: Optimizer steps (default 2000).
             batch_size: Data a step; the plate ``"data"`` is rescaled to the whole data set. Default: all.

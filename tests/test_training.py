@@ -775,3 +775,17 @@ def test_a_second_fit_goes_on():
     first = model.log_prob(X).mean
     fit(model, steps=1, optimizer=1e-12)
     assert model.log_prob(X).mean == pytest.approx(first, abs=1e-4)
+
+
+def test_default_rates_of_a_pair():
+    """Variational parameters move fast and settle; networks get the rate that networks stand."""
+    assert pgen.Pair(regression).fit(Y, steps=4, progress=False).history["lr"][0] == pytest.approx(0.02)
+
+    net = torch.nn.Linear(1, 1)
+
+    def guide(y):
+        pyro.module("net", net)
+        pyro.sample("mu", dist.Normal(net(y.mean()[None])[0], 1.0))
+
+    lr = pgen.Pair(regression, guide).fit(Y, steps=4, progress=False).history["lr"]
+    assert lr.tolist() == pytest.approx([1e-3] * 4)
