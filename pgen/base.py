@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,6 +38,7 @@ from .programs import (
     check_support,
     closure_modules,
     draw,
+    innermost,
     isolated,
     keyed_rng,
     localize,
@@ -657,11 +659,11 @@ class GenerativeModel(_Questions, PyroModule):
 
 
 def _mean(term: Term) -> Tensor:
-    """Mean of a site's distribution; where it has none (categories), the most probable value."""
-    mean = term.fn.mean
-    if bool(torch.isnan(mean).any()) and hasattr(term.fn, "mode"):
-        return term.fn.mode
-    return mean
+    """Mean of a site's distribution; of categories, the mean of their numbers 0, 1, ..."""
+    base = innermost(term.fn)
+    if isinstance(base, torch.distributions.Categorical):
+        return base.probs @ torch.arange(base.probs.shape[-1]).to(base.probs)
+    return term.fn.mean
 
 
 def _draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, seed: int) -> Draws:
@@ -711,7 +713,7 @@ def _predict(
         return {
             name: site["value"]
             for name, site in replayed.nodes.items()
-            if site["type"] == "sample" and site["infer"].get("was_observed", False) and _is_data(site)
+            if site["type"] == "sample" and name not in trace.nodes and _is_data(site)
         }
 
     numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
@@ -723,8 +725,9 @@ def _predict(
 
 
 def _is_data(site: Any) -> bool:
-    """Whether a site is data, and not a deterministic note or a factor."""
-    return not site["infer"].get("_deterministic") and not isinstance(site["fn"], pyro.distributions.Unit)
+    """Whether a site is data, and not a deterministic note, a factor or a subsample."""
+    note = site["infer"].get("_deterministic") or site_is_subsample(site)
+    return not note and not isinstance(site["fn"], pyro.distributions.Unit)
 
 
 def _positional(batch: Batch) -> tuple[Any, ...]:
@@ -789,8 +792,9 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
-        if not self.guide_name and any(p.dim() > 1 for p in self.parameters()):
-            return Adam(1e-3), settings  # networks: a rate for a handful of variational parameters would blow them up
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(getattr(m, "weight", None), Tensor))
+        if weights > 1000:  # networks: a rate for a handful of variational parameters would blow them up
+            return Adam(1e-3), settings
         bent = isinstance(self._guide, Flow) and len(self._guide.shared) > 0
         return Adam(0.01 if bent else 0.02), replace(settings, schedule=schedule)
 
@@ -825,7 +829,8 @@ class Pair(_Questions):
             validation: Held-out arguments.
             objective: ``pgen.ELBO()`` by default (with 8 draws a step for the full-rank and flow guides), or ``pgen.IWAE(k)``.
             optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 (0.01 for the flow guide) with a cosine
-                schedule to zero; where a guide of your own comes with networks, Adam at 1e-3.
+                schedule to zero; where the programs have networks of more than 1000 weights, Adam at
+                1e-3.
             epochs: Passes over the data.
             steps: Optimizer steps (default 2000).
             batch_size: Data a step; the plate ``"data"`` is rescaled to the whole data set. Default: all.
@@ -925,7 +930,10 @@ class Pair(_Questions):
         return to_datatree(draws, run=self.last_run)
 
     def predict(self, data: Any, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
-        """Posterior predictive draws of each observed site, ``(S, *shape)``, in chunks of bounded memory."""
+        """Posterior predictive draws of each observed site, ``(S, *shape)``, in chunks of bounded memory.
+
+        The observed argument may be left out where the program allows it: ``predict({"x": x_new})`` for ``model(x, y=None)``.
+        """
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data)
         self._ready(batch)
@@ -938,7 +946,9 @@ class Pair(_Questions):
         batch = self._batch("data", data)
         self._ready(batch)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            return _predict(self._model, _Empty(), batch, n, seed)
+            with keyed_rng(key(seed, "names"), _device(batch)), rows_at(None):
+                latents = run_program(self.programs()[1], batch)
+            return {name: x for name, x in _predict(self._model, _Empty(), batch, n, seed).items() if name not in latents}
 
     def log_prob(self, data: Any, *, num_samples: int = 100, seed: int = 0, batch_size: int | None = None) -> Score:
         """Each datum's log-density by the multi-sample bound, where every latent lies in the data plate.

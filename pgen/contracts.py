@@ -119,7 +119,7 @@ class Score:
         return -self.mean / (self.event_size * math.log(2.0))
 
     def __str__(self) -> str:
-        samples = f", {self.num_samples} samples" if self.num_samples else ""
+        samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
         return (
             f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum ({_KIND_WORDS[self.kind]}{samples}), "
             f"{self.bits_per_dim:.3f} bits/dim, {len(self)} data"
@@ -187,9 +187,9 @@ class Run:
         error = f" ± {self.bound_std_error:.3f}" if where == "validation" else ""
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
-        total = f"N = {self.num_data}, in all {self.bound * self.num_data:.2f}"
+        total = "" if where == "validation" else f", in all {self.bound * self.num_data:.2f}"
         return (
-            f"{where} bound {self.bound:.3f}{error} nats a datum ({total})\n"
+            f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}{total})\n"
             f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"
             f"stopped: {self.stopped}"
         )

@@ -340,7 +340,9 @@ def _draw_validation(ax: Axes, run: Run) -> np.ndarray:
         linewidth=1.6,
         marker=marker,
         markersize=3.5,
-        label=f"validation, last {bound[-1]:.2f}".replace("-", "\N{MINUS SIGN}"),
+        label=(f"validation, last {bound[-1]:.2f}" if run.restored is None else f"validation, best {run.restored:.2f}").replace(
+            "-", "\N{MINUS SIGN}"
+        ),
     )
     return bound
 

@@ -40,6 +40,7 @@ __all__ = [
     "closure_modules",
     "current_rows",
     "draw",
+    "innermost",
     "isolated",
     "keyed_rng",
     "localize",
@@ -472,7 +473,7 @@ def _point_masses(guide: dict[str, Term]) -> tuple[str, ...]:
     """Guide sites that put all mass on one point; a Delta beside an auxiliary site is a change of variables instead."""
     if any(term.auxiliary for term in guide.values()):
         return ()
-    return tuple(term.name for term in guide.values() if isinstance(_base(term.fn), pyro.distributions.Delta))
+    return tuple(term.name for term in guide.values() if isinstance(innermost(term.fn), pyro.distributions.Delta))
 
 
 def _joint(rows: dict[str, Tensor], num_samples: int) -> Tensor:
@@ -599,7 +600,7 @@ def _check_values(where: str, site: dict[str, Any]) -> None:
 
 def check_support(where: str, fn: Any, value: Tensor, mask: Any = None) -> None:
     """Raise ValueError, naming the first row, if values that are not masked lie outside a distribution's support."""
-    base = _base(fn)
+    base = innermost(fn)
     inside = base.support.check(value)
     for part in (mask, getattr(fn, "_mask", None)):
         if isinstance(part, (bool, Tensor)):
@@ -616,7 +617,7 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None) -> None:
     )
 
 
-def _base(fn: Any) -> Any:
+def innermost(fn: Any) -> Any:
     """The distribution of one scalar (or of one indivisible event) under ``to_event``, ``expand`` and ``mask``."""
     expanded = pyro.distributions.torch_distribution.ExpandedDistribution
     wrappers = (torch.distributions.Independent, pyro.distributions.MaskedDistribution, expanded)

@@ -781,7 +781,7 @@ def test_default_rates_of_a_pair():
     """Variational parameters move fast and settle; networks get the rate that networks stand."""
     assert pgen.Pair(regression).fit(Y, steps=4, progress=False).history["lr"][0] == pytest.approx(0.02)
 
-    net = torch.nn.Linear(1, 1)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 600), torch.nn.Tanh(), torch.nn.Linear(600, 1))
 
     def guide(y):
         pyro.module("net", net)

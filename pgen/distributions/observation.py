@@ -34,6 +34,10 @@ class Observation:
         """The distribution of x, event shape ``event_shape``."""
         raise NotImplementedError
 
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The mean of x, ``(*batch, *event_shape)``."""
+        return self.distribution(outputs).mean
+
     def features(self, x: Tensor) -> Tensor:
         """x as an encoder sees it, floating point of order one."""
         return x
@@ -74,6 +78,11 @@ class Categorical(Observation):
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
         """Independent categorical variables."""
         return dist.Categorical(logits=self.split(outputs)).to_event(len(self.event_shape))
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The mean of the classes' numbers."""
+        probs = self.split(outputs).softmax(-1)
+        return probs @ torch.arange(self.outputs).to(probs)
 
     def features(self, x: Tensor) -> Tensor:
         """x / (num_classes - 1)."""

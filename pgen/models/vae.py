@@ -92,6 +92,12 @@ class VAE(GenerativeModel):
             if self.likelihood == "gaussian":  # a random scale here makes a few data cost thousands of nats
                 last.weight.mul_(0.1)
 
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Mean of p(x | z, c) in the units of the data, ``(N, *event_shape)``, at latents ``(N, latent_dim)``."""
+        with torch.no_grad():
+            mean = self.observation.mean(self.decoder(_with(z, context)))
+            return mean if self.preprocess is None else self.preprocess.inverse(mean)
+
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """p(x, z | c)."""
         with self.plate(x, context):

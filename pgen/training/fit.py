@@ -598,7 +598,7 @@ class _Trainer:
         means = {name: _mean(v) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
         for callback in self.callbacks:
             callback.on_log(self.done, {**means, "lr": float(lr[-1]), "seconds": seconds})
-        best = f" · validation {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
+        best = f" · held out {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
         self.bar.update(self.done, -means["loss"], self.log.trend(), f"{self.loop.tier}{best}")
 
     def _after_block(self) -> str:

@@ -32,15 +32,21 @@ class Progress:
         if self._bar is None:
             self._open()
         arrow = "→" if abs(trend) < 5e-4 else "↗" if trend > 0 else "↘"
-        words = f"bound {bound:9.3f} nats {arrow} {trend:+.3f}/1k steps · {note}"
+        words = f"bound {bound:.3f} nats {arrow} {trend:+.2f}/1k · {note}"
         self._bar.update(self._task, completed=step, words=words)
 
     def _open(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Rich
+        from rich.table import Column
 
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
+        columns = (
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(10),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        )
         self._bar = Rich(*columns, console=Console(stderr=True), transient=False)
         self._task = self._bar.add_task("fit", total=self.total, words="")
         self._bar.start()
