@@ -792,7 +792,8 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(getattr(m, "weight", None), Tensor))
+        found = (getattr(module, "weight", None) for module in self.modules())
+        weights = sum(weight.numel() for weight in found if isinstance(weight, Tensor))
         if weights > 1000:  # networks: a rate for a handful of variational parameters would blow them up
             return Adam(1e-3), settings
         bent = isinstance(self._guide, Flow) and len(self._guide.shared) > 0
