@@ -792,7 +792,8 @@ class Pair(_Questions):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None else settings.schedule
-        found = (getattr(module, "weight", None) for module in self.modules())
+        written = set(self._guide.modules()) if self.guide_name and isinstance(self._guide, nn.Module) else set()
+        found = (getattr(module, "weight", None) for module in self.modules() if module not in written)
         weights = sum(weight.numel() for weight in found if isinstance(weight, Tensor))
         if weights > 1000:  # networks: a rate for a handful of variational parameters would blow them up
             return Adam(1e-3), settings
@@ -830,8 +831,8 @@ class Pair(_Questions):
             validation: Held-out arguments.
             objective: ``pgen.ELBO()`` by default (with 8 draws a step for the full-rank and flow guides), or ``pgen.IWAE(k)``.
             optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 (0.01 for the flow guide) with a cosine
-                schedule to zero; where the programs have networks of more than 1000 weights, Adam at
-                1e-3.
+                schedule to zero; where programs of your own have networks of more than 1000 weights,
+                Adam at 1e-3.
             epochs: Passes over the data.
             steps: Optimizer steps (default 2000).
             batch_size: Data a step; the plate ``"data"`` is rescaled to the whole data set. Default: all.

@@ -787,5 +787,6 @@ def test_default_rates_of_a_pair():
         pyro.module("net", net)
         pyro.sample("mu", dist.Normal(net(y.mean()[None])[0], 1.0))
 
+    assert pgen.Pair(regression, "flow").fit(Y, steps=4, progress=False).history["lr"][0] == pytest.approx(0.01)
     lr = pgen.Pair(regression, guide).fit(Y, steps=4, progress=False).history["lr"]
     assert lr.tolist() == pytest.approx([1e-3] * 4)
