@@ -375,7 +375,8 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         "bound": run.bound,
         "bound_of": "validation" if validated else "training",
-        "bound_std_error": float(run.validation["std_error"][-1]) if validated else None,
+        "bound_std_error": run.bound_std_error if validated else None,
+        "restored": run.restored,
         "stopped": run.stopped,
         "steps": run.steps,
         "epochs": run.epochs,
@@ -436,7 +437,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     "run": {
         **dict.fromkeys(("stopped", "tier", "tier_reason", "bound_of"), str),
         **dict.fromkeys(("steps", "skipped", "num_data", "seed"), int),
-        **dict.fromkeys(("bound", "bound_std_error", "epochs", "seconds"), _NUMBER),
+        **dict.fromkeys(("bound", "bound_std_error", "restored", "epochs", "seconds"), _NUMBER),
     },
     "history": {},
     "validation": {},
@@ -447,6 +448,7 @@ def run_of(record: dict[str, Any]) -> Run:
     """The ``Run`` that a record tells of, its history thinned."""
     facts = {name: record["run"][name] for name in ("stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")}
     times: dict[str, Any] = {name: float(record["run"][name] or 0) for name in ("epochs", "seconds")}
+    times["restored"] = record["run"]["restored"]
     try:
         history, validation = (
             {name: np.array(column, dtype=float) for name, column in record[part].items()} for part in ("history", "validation")

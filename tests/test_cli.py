@@ -398,3 +398,13 @@ def test_plain_has_no_number_that_json_has_not():
         "c": [0, 1],
         "d": "x",
     }
+
+
+def test_a_record_keeps_which_parameters_were_restored(tmp_path):
+    bounds = np.array([-9.0, -7.0, -8.0])
+    run = Run(validation={"step": np.arange(3), "bound": bounds, "std_error": np.array([0.1, 0.2, 0.3])}, restored=-7.0)
+    outcome = runs.summary(run)
+    assert (outcome["bound"], outcome["bound_std_error"], outcome["restored"]) == (-7.0, 0.2, -7.0)
+    runs.write_record(tmp_path, {"run": outcome}, run)
+    again = runs.run_of(json.loads((tmp_path / runs.RECORD).read_text()))
+    assert again.bound == -7.0 and again.bound_std_error == 0.2
