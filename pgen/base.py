@@ -579,7 +579,6 @@ class GenerativeModel(_Questions, PyroModule):
             draws = num_samples if latents else 1
             value, error = importance_bound(
                 self.model, self.guide, prepared, draws, seed=seed, batch_size=batch_size,
-                progress=None,
             )  # fmt: skip
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         size = math.prod(self.event_shape)

@@ -143,7 +143,6 @@ class Run:
         seconds: Wall time.
         num_data: Data in the training set.
         seed: The seed that keyed order and noise.
-        converged: None where no rule was asked to judge.
         restored: The validation bound of the parameters that were restored after training; None if the last ones stand.
     """
 
@@ -158,9 +157,7 @@ class Run:
     seconds: float = 0.0
     num_data: int = 0
     seed: int = 0
-    converged: bool | None = None
     restored: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bound(self) -> float:

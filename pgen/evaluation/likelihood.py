@@ -62,7 +62,6 @@ def importance_bound(
     *,
     seed: int,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
     unit_rows: int = UNIT_ROWS,
 ) -> tuple[Tensor, Tensor]:
     r"""Each datum's K-sample bound, and its Monte Carlo standard error.
@@ -77,7 +76,6 @@ def importance_bound(
         num_samples: K.
         seed: Keys the noise.
         batch_size: Rows whose likelihood is evaluated at a time; changes memory, not results.
-        progress: Called with (rows done, rows in all).
         unit_rows: Rows that share one noise key; all of them for a guide with parameters of each row.
 
     Returns:
@@ -86,7 +84,7 @@ def importance_bound(
     References:
         Burda et al. (2016), arXiv:1509.00519, eq. 8.
     """
-    total, device = batch_length(batch), _device(batch)
+    device = _device(batch)
     weigh = _Weigher(model, guide, batch, num_samples, batch_size)
     bounds, errors = [], []
     for number, rows in row_units(batch, unit_rows):
@@ -101,8 +99,6 @@ def importance_bound(
         bounds.append(first - math.log(num_samples))
         relative = (second - 2 * first + math.log(num_samples)).exp() - 1
         errors.append((relative.clamp(min=0) / num_samples).sqrt() if num_samples > 1 else torch.full_like(relative, math.nan))
-        if progress is not None:
-            progress(rows.stop, total)
     return torch.cat(bounds), torch.cat(errors)
 
 
