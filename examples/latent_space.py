@@ -6,7 +6,7 @@ picture. Both are measured here in units of each model's own code (its standard 
 scale side by side, and the autoencoder is given its best chance: codes drawn from a Gaussian fitted to its own.
 
 What comes out at the defaults: with two numbers both spaces are crowded, and nearly all that is decoded is near real digits;
-the autoencoder's has ledges about twice as steep. With eight, the codes fill little of their box in both; out there the VAE
+the autoencoder's has ledges 1.7 times as steep. With eight, the codes fill little of their box in both; out there the VAE
 still decodes to something near a digit, the autoencoder often does not. The autoencoder reconstructs better, and its walks
 between digits are no rougher. Run ``python examples/latent_space.py [--out demo/latent_space]``.
 """
