@@ -89,9 +89,12 @@ class _Questions(nn.Module):
 
     # -- what the training loop asks for ------------------------------------------------------------------------------
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Parameters to train."""
-        found = [p for p in self.parameters() if p.requires_grad]
+    def trainable(self, player: str = "") -> list[nn.Parameter]:
+        """Parameters to train: all, or those that have ``player`` as a part of their dotted name."""
+        found = [p for name, p in self.named_parameters() if p.requires_grad and (not player or player in name.split("."))]
+        if not found and player:
+            parts = ", ".join(sorted({name.split(".")[0] for name, _ in self.named_parameters()}))
+            raise ValueError(f"player {player!r} of the objective has no parameters here: name a part of the model ({parts})")
         if not found:
             raise ValueError("there is nothing to train: neither model nor guide has a parameter")
         return found
@@ -234,10 +237,12 @@ class _Questions(nn.Module):
 
     def _check_owned(self, objective: Any, batch: Batch, num_data: int) -> None:
         """Refuse programs that use a parameter which nobody would train."""
+        scalars = {"num_data": float(num_data), **dict.fromkeys(getattr(objective, "schedules", {}), torch.ones(()))}
+        games = dict(getattr(objective, "players", {})) or {"": objective}
         with torch.enable_grad():
-            loss, _ = self.loss(objective, batch, {"num_data": float(num_data)})
+            losses = [self.loss(part, batch, scalars)[0] for part in games.values()]
         owned = {id(p) for p in self.parameters()}
-        for leaf in _leaves(loss):
+        for leaf in (leaf for loss in losses for leaf in _leaves(loss)):
             if id(leaf) not in owned:
                 raise ValueError(
                     f"the programs use a parameter of shape {tuple(leaf.shape)} that the pair does not own, so it would not be "

@@ -2,6 +2,7 @@ r"""The training loop."""
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import threading
@@ -19,14 +20,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..contracts import Batch, Run, check_choice, check_positive
 from ..data.arrays import fingerprint
 from ..data.batches import Batches, key, step_keys
-from ..programs import keyed_rng, rows_at, seed_generators
+from ..programs import batch_length, keyed_rng, rows_at, seed_generators
 from .callbacks import Callback
 from .capture import BackgroundCompile, CaptureRefused, CompileFailed
 from .checkpoint import Checkpoint, check_same
 from .optim import External, from_torch, internal
 from .progress import Progress
 from .schedule import Schedule, multiplier
-from .step import Step
+from .step import Player, Step, unchanged
 
 __all__ = ["NonFinite", "Training", "augmented", "fit"]
 
@@ -126,7 +127,7 @@ class Training:
 class Trainable(Protocol):
     """What the loop needs of a model."""
 
-    def trainable(self) -> list[nn.Parameter]: ...
+    def trainable(self, player: str = "") -> list[nn.Parameter]: ...
 
     def changing(self) -> list[Tensor]: ...
 
@@ -224,6 +225,7 @@ class _Loop:
         training: Training,
         *,
         batch_size: int,
+        total: int,
         seed: int,
     ) -> None:
         self.target, self.objective, self.training, self.seed = target, objective, training, seed
@@ -234,19 +236,37 @@ class _Loop:
         self.batch_size = batch_size
         self.full = batch_size >= self.num_data
         self.batches = Batches(self.num_data, batch_size, seed=seed, device=self.device)
-        params = target.trainable()
-        optimizer = from_torch(optimizer)
-        if isinstance(optimizer, External):
-            optimizer.bind(params)
-            optimizer = internal(optimizer, params)
-        self.optimizer = optimizer
-        tensors = [self.leaves[i] for i in self.sliced]
+        self.schedules: dict[str, Callable[[int, int], float]] = dict(getattr(objective, "schedules", {}))
+        self.total = total
+        players = self._players(objective, optimizer)
+        self.optimizer = players[0].optimizer
+        self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in players]
         self.step = Step(
-            self._loss, params, target.changing(), optimizer, tensors, clip_norm=training.clip_norm, ema=training.ema
-        )
+            players, target.changing(), [self.leaves[i] for i in self.sliced], scheduled=len(self.schedules),
+            clip_norm=training.clip_norm, ema=training.ema,
+        )  # fmt: skip
         self.noise_key = key(seed, "noise")
         self.runners: dict[int, Callable[[Tensor | None, Tensor], list[Tensor]]] = {}
         self.tier, self.reason = "eager", ""
+
+    def _players(self, objective: Any, optimizer: Any) -> list[Player]:
+        """The objective's players, each with its own parameters and optimizer; one without a name if it has none."""
+        games: dict[str, Any] = dict(getattr(objective, "players", {})) or {"": objective}
+        optimizers = optimizer if isinstance(optimizer, dict) else dict.fromkeys(games, optimizer)
+        if set(optimizers) != set(games) or ("" in optimizers and isinstance(optimizer, dict)):
+            raise ValueError(
+                f"`optimizer` has {', '.join(map(repr, optimizers)) or 'nothing'}, but the objective's players are "
+                f"{', '.join(map(repr, games)) if '' not in games else 'one, without a name: give one optimizer'}"
+            )
+        players = []
+        for name, part in games.items():
+            params = self.target.trainable(name)
+            own = from_torch(optimizers[name])
+            if isinstance(own, External):
+                own.bind(params)
+                own = internal(own, params)
+            players.append(Player(functools.partial(self._loss, part), params, own, name))
+        return players
 
     # -- pieces of a step ---------------------------------------------------------------------------------------------
 
@@ -257,9 +277,14 @@ class _Loop:
             leaves[i] = tensor if index is None else tensor.index_select(0, index)
         return augmented(tree_unflatten(leaves, self.spec), self.training.augment)
 
-    def _loss(self, tensors: list[Tensor], index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, objective: Any, tensors: list[Tensor], index: Tensor | None, scheduled: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        scalars: dict[str, Any] = {"num_data": float(self.num_data)}
+        if scheduled is not None:
+            scalars |= zip(self.schedules, scheduled.unbind())
         with rows_at(index), self._autocast():
-            return self.target.loss(self.objective, self.batch(tensors, index), {"num_data": float(self.num_data)})
+            return self.target.loss(objective, self.batch(tensors, index), scalars)
 
     def _autocast(self) -> Any:
         enabled = self.training.precision == "bfloat16"
@@ -269,13 +294,21 @@ class _Loop:
         """Row indices of a step; None for all rows in order."""
         return None if self.full else self.batches.indices(step)
 
-    def scalars(self, start: int, count: int, rate: Callable[[int], float]) -> Tensor:
-        """What depends on the step alone, ``(count, scalars)``."""
-        if isinstance(self.optimizer, External):
-            rows = [(self.optimizer.lr * rate(t),) for t in range(start, start + count)]
-        else:
-            rows = [self.optimizer.scalars(t, self.optimizer.lr * rate(t)) for t in range(start, start + count)]
+    def scalars(self, start: int, count: int) -> Tensor:
+        """What depends on the step alone, ``(count, scalars)``: each player's, then the scheduled ones."""
+        rows = [self._step_scalars(t) for t in range(start, start + count)]
         return torch.tensor(rows, dtype=torch.float64).to(self.training.dtype).to(self.device)
+
+    def _step_scalars(self, t: int) -> list[float]:
+        row: list[float] = []
+        for player, rate in zip(self.step.players, self.rates):
+            lr = player.optimizer.lr * rate(t)
+            row += [lr] if player.external else player.optimizer.scalars(t, lr)
+        return row + [float(schedule(t, self.total)) for schedule in self.schedules.values()]
+
+    def learning_rate(self, t: int) -> float:
+        """The first player's learning rate at a step."""
+        return self.optimizer.lr * self.rates[0](t)
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 
@@ -313,11 +346,11 @@ class _Loop:
 class _Compilation:
     """The compiled tier: unrolled steps in one call, made beside training or waited for."""
 
-    def __init__(self, loop: _Loop, step: int, unroll: int, rate: Callable[[int], float], wait: bool) -> None:
+    def __init__(self, loop: _Loop, step: int, unroll: int, wait: bool) -> None:
         self.unroll = unroll
         index = loop.index(step)
         rows = None if index is None else torch.stack([index] * unroll)
-        scalars = loop.scalars(step, unroll, rate)
+        scalars = loop.scalars(step, unroll)
         self._loop = loop
         self._work: BackgroundCompile | None = None
         self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
@@ -366,8 +399,9 @@ def fit(
     checkpoint: Checkpoint | None = None,
 ) -> Run:
     """Train ``target``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
-    loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, seed=seed)
-    plan = _Plan.make(len(loop.batches), epochs, steps, training)
+    num_data = batch_length(data)
+    plan = _Plan.make(math.ceil(num_data / batch_size), epochs, steps, training)
+    loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, total=plan.steps, seed=seed)
     trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint)
     with keyed_rng(key(seed, "fit"), loop.device), _interruptible() as caught:
         return trainer.train(caught)
@@ -388,7 +422,6 @@ class _Trainer:
         self.checkpoint, self.saved_at = checkpoint, 0
         self.loop, self.plan, self.validation, self.callbacks = loop, plan, validation, callbacks
         self.log, self.bar = _Log(), Progress(plan.steps, progress)
-        self.rate = multiplier(loop.training.schedule, loop.optimizer.lr, plan.steps)
         self.done, self.skipped, self.skipped_in_row = 0, 0, 0
         self.block, self.step_seconds = 1, math.nan
         self.compilation: _Compilation | None = None
@@ -429,11 +462,11 @@ class _Trainer:
         augment = training.augment
         return {
             "objective": repr(loop.objective) if "object at" not in repr(loop.objective) else type(loop.objective).__name__,
-            "optimizer": repr(loop.optimizer) if not isinstance(loop.optimizer, External) else "own",
+            "optimizer": " ".join("own" if p.external else repr(p.optimizer) for p in loop.step.players),
             "batch_size": loop.batch_size,
             "seed": loop.seed,
             "schedule": schedule,
-            "steps": self.plan.steps if schedule not in (None, "constant") else "any",
+            "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules else "any",
             **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping", "validate_every")},
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
             "data": fingerprint(tree_unflatten(loop.leaves, loop.spec)),
@@ -457,7 +490,7 @@ class _Trainer:
         metadata = {
             "configuration": self._configuration(), "counters": counters, "stopped": self.stopped,
             "validation": {n: [v if math.isfinite(v) else None for v in c] for n, c in self.log.validation.items()},
-            "best": None if self.best is None else self.best[0], "metrics": step.metric_names,
+            "best": None if self.best is None else self.best[0], "metrics": [player.metric_names for player in step.players],
         }  # fmt: skip
         self.checkpoint.write(tensors, self.log.history(), metadata)
         self.saved_at = self.done
@@ -469,7 +502,7 @@ class _Trainer:
             return
         tensors, history, metadata = found
         check_same(metadata["configuration"], self._configuration(), self.checkpoint.path)
-        if isinstance(self.loop.optimizer, External):
+        if self.loop.step.external:
             raise ValueError(
                 "resuming needs one of pgen's own optimizers (Adam, AdamW, SGD): others keep their state to themselves"
             )
@@ -483,7 +516,8 @@ class _Trainer:
         self.log.validation = {n: [math.nan if v is None else v for v in c] for n, c in metadata["validation"].items()}
         self.stopped = metadata["stopped"] if metadata["stopped"].startswith("validation") else ""
         self.log.add(**history)
-        self.loop.step.metric_names = metadata["metrics"]
+        for player, names in zip(self.loop.step.players, metadata["metrics"]):
+            player.metric_names = names
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 
@@ -516,13 +550,14 @@ class _Trainer:
             self.compilation.poll()
 
     def _start_compilation(self, wait: bool) -> None:
-        if isinstance(self.loop.optimizer, External):
-            self.loop.reason = f"{type(self.loop.optimizer.optimizer).__name__} steps outside the graph"
-            return
+        for player in self.loop.step.players:
+            if player.external:
+                self.loop.reason = f"{type(player.optimizer.optimizer).__name__} steps outside the graph"
+                return
         unroll = self.loop.training.unroll or self._unroll()
         unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
         try:
-            self.compilation = _Compilation(self.loop, self.done, unroll, self.rate, wait)
+            self.compilation = _Compilation(self.loop, self.done, unroll, wait)
         except CaptureRefused as refusal:
             self.loop.reason = str(refusal)
         if wait and self.loop.tier != "compiled" and self.loop.training.compile == "compiled":
@@ -558,7 +593,7 @@ class _Trainer:
 
     def _run(self, count: int) -> list[list[Tensor]]:
         loop, done = self.loop, self.done
-        table = loop.scalars(done, count, self.rate)
+        table = loop.scalars(done, count)
         keys = step_keys(loop.noise_key, done, count)
         columns: list[list[Tensor]] = []
         i = 0
@@ -588,7 +623,7 @@ class _Trainer:
     def _record(self, count: int, host: np.ndarray, seconds: float) -> None:
         loss, norm, skip = host[0], host[1], host[2] > 0.5
         steps = np.arange(self.done + 1, self.done + count + 1)
-        lr = np.array([self.loop.optimizer.lr * self.rate(int(t) - 1) for t in steps])
+        lr = np.array([self.loop.learning_rate(int(t) - 1) for t in steps])
         metrics = dict(zip(self.loop.step.metric_names, host[3:]))
         epoch = steps / self.plan.batches
         self.log.add(step=steps, epoch=epoch, loss=loss, grad_norm=norm, lr=lr, seconds=np.full(count, seconds), **metrics)
@@ -648,7 +683,7 @@ class _Trainer:
         index = loop.index(step)
         seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
         tensors = [loop.leaves[i] for i in loop.sliced]
-        with rows_at(index):
+        with rows_at(index), unchanged(loop.step.buffers):
             return loop.target.autopsy(loop.batch(tensors, index))
 
     def _finish(self, start: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from ..programs import seed_generators
 from .capture import CudaReplay, capture, compile_graph, retrace
 from .optim import External
 
-__all__ = ["Step"]
+__all__ = ["Player", "Step", "unchanged"]
 
-LossFunction = Callable[[list[Tensor], Tensor | None], tuple[Tensor, dict[str, Tensor]]]
-"""From data leaves and row indices (None for all rows in order) to the loss and metrics."""
+LossFunction = Callable[[list[Tensor], Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+"""From data leaves, row indices (None for all rows in order) and scheduled scalars to the loss and metrics."""
 
 
 @contextmanager
-def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Give tensors their values back afterwards."""
     before = [t.clone() for t in tensors]
     try:
@@ -34,53 +35,93 @@ def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
             t.copy_(value)
 
 
-class Step:
-    """The step of one fit.
+@dataclass
+class Player:
+    """One loss over its own parameters, with an optimizer of its own. Most objectives have one; a game has several.
 
     Args:
-        loss: The loss as a function of the data leaves and row indices.
-        params: Parameters to train.
-        buffers: Buffers that the programs may change.
+        loss: The loss as a function of the data leaves, row indices and scheduled scalars.
+        params: Parameters that it trains.
         optimizer: One of ours, or ``External``.
+        name: Under which its metrics are reported; empty for the only player.
+    """
+
+    loss: LossFunction
+    params: list[nn.Parameter]
+    optimizer: Any
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.values = [p.detach() for p in self.params]  # the same storage, outside autograd
+        self.external = isinstance(self.optimizer, External)
+        self.state = [] if self.external else self.optimizer.init(self.values)
+        self.num_scalars = 1 if self.external else len(self.optimizer.scalars(0, 1.0))
+        self.metric_names: list[str] = []
+
+    def loss_and_grads(self, leaves: list[Tensor], index: Tensor | None, scheduled: Tensor | None) -> list[Tensor]:
+        """``[loss, *metrics, *gradients]`` by running the programs."""
+        with torch.enable_grad():
+            loss, metrics = self.loss(leaves, index, scheduled)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        self.metric_names = list(metrics)
+        filled = [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(self.params, grads)]
+        return [loss.detach(), *(m.detach() for m in metrics.values()), *filled]
+
+    def split(self, out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Loss, metrics and gradients."""
+        cut = 1 + len(self.metric_names)
+        return out[0], list(out[1:cut]), list(out[cut:])
+
+
+class Step:
+    """The step of one fit: each player's update in turn, from the parameters as the one before left them.
+
+    Args:
+        players: In the order in which they move.
+        buffers: Buffers that the programs may change.
         leaves: The data, resident on the device.
+        scheduled: How many scheduled scalars the losses take.
         clip_norm: Largest norm of the gradient; None for no clipping.
         ema: Decay of the moving average of parameters; None for none.
     """
 
     def __init__(
         self,
-        loss: LossFunction,
-        params: list[nn.Parameter],
+        players: Sequence[Player],
         buffers: list[Tensor],
-        optimizer: Any,
         leaves: list[Tensor],
         *,
-        clip_norm: float | None,
-        ema: float | None,
+        scheduled: int = 0,
+        clip_norm: float | None = None,
+        ema: float | None = None,
     ) -> None:
-        self.loss, self.params, self.buffers, self.leaves = loss, params, buffers, leaves
-        self.optimizer, self.clip_norm, self.ema_decay = optimizer, clip_norm, ema
-        self.values = [p.detach() for p in params]  # the same storage, outside autograd
-        self.external = isinstance(optimizer, External)
-        self.state = [] if self.external else optimizer.init(self.values)
+        self.players, self.buffers, self.leaves = list(players), buffers, leaves
+        self.scheduled, self.clip_norm, self.ema_decay = scheduled, clip_norm, ema
+        self.params = list({id(p): p for player in players for p in player.params}.values())
+        self.values = [p.detach() for p in self.params]
+        place = {id(p): i for i, p in enumerate(self.params)}
+        self._own = [[place[id(p)] for p in player.params] for player in players]
+        self.external = any(player.external for player in players)
         self.ema = [v.clone() for v in self.values] if ema is not None else []
-        self.metric_names: list[str] = []
-        self._graphs: dict[int, fx.GraphModule] = {}
+        self._graphs: dict[tuple[int, int], fx.GraphModule] = {}
+        self._changing = buffers  # all of them, until a capture shows which
+        self._changed: list[Tensor] = []
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics, in the order in which a step returns them."""
+        names: list[str] = []
+        for player in self.players:
+            prefix = f"{player.name}_" if player.name else ""
+            names += [f"{prefix}{name}" for name in (["loss"] if prefix else []) + player.metric_names]
+        return names
 
     # -- the mathematics ----------------------------------------------------------------------------------------------
 
-    def loss_and_grads(self, index: Tensor | None) -> list[Tensor]:
-        """``[loss, *metrics, *gradients]`` by running the programs."""
-        with torch.enable_grad():
-            loss, metrics = self.loss(self.leaves, index)
-            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-        self.metric_names = list(metrics)
-        filled = [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(self.params, grads)]
-        return [loss.detach(), *(m.detach() for m in metrics.values()), *filled]
-
-    def _split(self, out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        cut = 1 + len(self.metric_names)
-        return out[0], list(out[1:cut]), list(out[cut:])
+    def _scalars(self, s: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """A step's scalars, split into each player's and the scheduled ones (None where there are none)."""
+        parts = list(torch.split(s, [player.num_scalars for player in self.players] + [self.scheduled]))
+        return parts[:-1], parts[-1] if self.scheduled else None
 
     def _clip(self, loss: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
@@ -90,32 +131,67 @@ class Step:
             grads = [g * factor.to(g.dtype) for g in grads]
         return grads, norm, skip
 
-    def apply_(self, out: Sequence[Tensor], s: Tensor) -> list[Tensor]:
-        """Update in place from ``loss_and_grads``' result; returns ``[loss, norm, skip, *metrics]``."""
-        loss, metrics, grads = self._split(out)
+    def _apply(self, player: Player, out: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+        """One player's update in place from ``loss_and_grads``' result; returns ``[loss, norm, skip, *metrics]``."""
+        loss, metrics, grads = player.split(out)
         grads, norm, skip = self._clip(loss, grads)
-        if self.external:
+        if player.external:
             if not bool(skip):
-                self.optimizer.step(self.params, grads, float(s[0]))
+                player.optimizer.step(player.params, grads, float(s[0]))
         else:
-            self.optimizer.update_(self.values, grads, self.state, s, skip)
-        if self.ema:
-            torch._foreach_lerp_(self.ema, self.values, 1 - self.ema_decay)  # type: ignore[operator]
+            player.optimizer.update_(player.values, grads, player.state, s, skip)
         return [loss, norm, skip, *metrics]
 
-    def _functional(self, graph: fx.GraphModule, index: Tensor | None, s: Tensor) -> list[Tensor]:
+    def _step(self, run: Callable[[int, Tensor | None], Sequence[Tensor]], s: Tensor) -> list[Tensor]:
+        """All players' updates in place, where ``run`` gives a player's loss and gradients; then the moving average."""
+        scalars, scheduled = self._scalars(s)
+        results = []
+        for i, player in enumerate(self.players):
+            before = [b.clone() for b in self._changing]
+            results.append(self._apply(player, run(i, scheduled), scalars[i]))
+            self._restore(before, results[-1][2])
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.values, 1 - self.ema_decay)  # type: ignore[operator]
+        return self._summary(results)
+
+    def _restore(self, before: list[Tensor], skip: Tensor) -> None:
+        """Give buffers their values back where the step is skipped."""
+        for buffer, old in zip(self._changing, before):
+            buffer.copy_(torch.where(skip, old, buffer))
+
+    def _summary(self, results: list[list[Tensor]]) -> list[Tensor]:
+        """``[loss, norm, skip, *metrics]`` of a step: with several players, their sum, and each loss among the metrics."""
+        if not self.players[0].name:
+            return results[0]
+        loss = torch.stack([r[0] for r in results]).sum()
+        norm = torch.stack([r[1] for r in results]).norm()
+        skip = torch.stack([r[2] for r in results]).any()
+        return [loss, norm, skip, *(t for r in results for t in (r[0], *r[3:]))]
+
+    def _functional(self, length: int, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """The same as plain arithmetic on new tensors, over ``len(s)`` steps, written back at the end."""
-        params, state, ema, outputs = self.values, self.state, self.ema, []
+        params, ema = list(self.values), self.ema
+        states = [player.state for player in self.players]
+        outputs = []
         for i in range(len(s)):
+            scalars, scheduled = self._scalars(s[i])
             rows = [] if index is None else [index[i]]
-            loss, metrics, grads = self._split(graph(*params, *self.buffers, *self.leaves, *rows))
-            grads, norm, skip = self._clip(loss, grads)
-            params, state = self.optimizer.update(params, grads, state, s[i], skip)
+            results = []
+            for j, player in enumerate(self.players):
+                before = [b.clone() for b in self._changing]
+                inputs = [*params, *self.buffers, *self.leaves, *rows, *([] if scheduled is None else [scheduled])]
+                loss, metrics, grads = player.split(self._graphs[j, length](*inputs))
+                grads, norm, skip = self._clip(loss, grads)
+                own = [params[k] for k in self._own[j]]
+                own, states[j] = player.optimizer.update(own, grads, states[j], scalars[j], skip)
+                for k, value in zip(self._own[j], own):
+                    params[k] = value
+                self._restore(before, skip)
+                results.append([loss, norm, skip, *metrics])
             ema = [e + (1 - self.ema_decay) * (p - e) for e, p in zip(ema, params)]  # type: ignore[operator]
-            outputs.append([loss, norm, skip, *metrics])
-        old = [*self.values, *(t for part in self.state for t in part), *self.ema]
-        new = [*params, *(t for part in state for t in part), *ema]
-        for into, value in zip(old, new):
+            outputs.append(self._summary(results))
+        new = [*params, *(t for state in states for part in state for t in part), *ema]
+        for into, value in zip(self.mutable(), new):
             into.copy_(value)
         return [torch.stack(column) for column in zip(*outputs)]
 
@@ -123,37 +199,53 @@ class Step:
 
     def eager(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """Run the programs as written."""
-        return self.apply_(self.loss_and_grads(index), s)
+        return self._step(lambda i, scheduled: self.players[i].loss_and_grads(self.leaves, index, scheduled), s)
 
     def graph(self, index: Tensor | None, other: Tensor | None) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
         """The step in the graph tier for batches of this length; raises CaptureRefused."""
-        graph = self.captured(index, other)
+        forwards = [graph.forward for graph in self.captured(index, other)]
         fixed = [*self.values, *self.buffers, *self.leaves]
-        forward = graph.forward
 
         def run(index: Tensor | None, s: Tensor) -> list[Tensor]:
-            return self.apply_(forward(*fixed, *([] if index is None else [index])), s)
+            rows = [] if index is None else [index]
+            return self._step(lambda i, scheduled: forwards[i](*fixed, *rows, *([] if scheduled is None else [scheduled])), s)
 
         return run
 
-    def captured(self, index: Tensor | None, other: Tensor | None) -> fx.GraphModule:
-        """The graph of ``loss_and_grads``, captured on ``index`` and checked on ``other``."""
+    def captured(self, index: Tensor | None, other: Tensor | None) -> list[fx.GraphModule]:
+        """Each player's graph of ``loss_and_grads``, captured on ``index`` and checked on ``other``."""
         length = -1 if index is None else len(index)
-        if length not in self._graphs:
-            fixed = [*self.params, *self.buffers, *self.leaves]
+        for i, player in enumerate(self.players):
+            if (i, length) not in self._graphs:
+                self._graphs[i, length] = self._capture(player, index, other)
+        return [self._graphs[i, length] for i in range(len(self.players))]
 
-            def fn(*inputs: Tensor) -> list[Tensor]:
-                return self.loss_and_grads(inputs[-1] if index is not None else None)
+    def _capture(self, player: Player, index: Tensor | None, other: Tensor | None) -> fx.GraphModule:
+        device = self.params[0].device
+        fixed = [*self.params, *self.buffers, *self.leaves]
+        scheduled = [torch.ones(self.scheduled, dtype=self.params[0].dtype, device=device)] if self.scheduled else []
+        rows = ([], []) if index is None else ([index], [other if other is not None else index])
 
-            rows = ([], []) if index is None else ([index], [other if other is not None else index])
-            device = self.params[0].device
-            with _unchanged(self.buffers):
-                self._graphs[length] = capture(fn, fixed + rows[0], fixed + rows[1], lambda k: seed_generators(k, device))
-        return self._graphs[length]
+        def fn(*inputs: Tensor) -> list[Tensor]:
+            moving = inputs[len(fixed) :]
+            return player.loss_and_grads(
+                self.leaves, moving[0] if index is not None else None, moving[-1] if self.scheduled else None
+            )
+
+        with unchanged(self.buffers):
+            versions = [b._version for b in self.buffers]
+            inputs, others = ([*fixed, *r, *scheduled] for r in rows)
+            graph = capture(fn, inputs, others, lambda k: seed_generators(k, device))
+            now = [b for b, version in zip(self.buffers, versions) if b._version != version]
+        self._changing = [b for b in self.buffers if any(b is c for c in [*now, *self._changed])]
+        self._changed = self._changing
+        return graph
 
     def num_nodes(self) -> int:
         """Operations of the captured loss and gradient."""
-        return max((len(graph.graph.nodes) for graph in self._graphs.values()), default=1)
+        lengths = {length for _, length in self._graphs}
+        sizes = [sum(len(g.graph.nodes) for (_, n), g in self._graphs.items() if n == length) for length in lengths]
+        return max(sizes, default=1)
 
     def compiled_inputs(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """Inputs of the compiled step, in order; ``index`` ``(U, B)`` and ``s`` ``(U, scalars)`` for U unrolled steps."""
@@ -161,17 +253,17 @@ class Step:
 
     def mutable(self) -> list[Tensor]:
         """Everything that a step may change."""
-        return [*self.values, *(t for part in self.state for t in part), *self.ema, *self.buffers]
+        return [*self.values, *(t for p in self.players for part in p.state for t in part), *self.ema, *self.buffers]
 
     def traced(self, index: Tensor | None, s: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
         """The whole step (or U of them) as one graph and its inputs, ready to compile. Changes nothing."""
-        graph = self._graphs[-1 if index is None else index.shape[-1]]
+        length = -1 if index is None else index.shape[-1]
         inputs = self.compiled_inputs(index, s)
 
         def fn(*args: Tensor) -> list[Tensor]:
-            return self._functional(graph, index, s)
+            return self._functional(length, index, s)
 
-        with torch.no_grad(), _unchanged(self.mutable()):
+        with torch.no_grad(), unchanged(self.mutable()):
             return retrace(fn, inputs), inputs
 
     def bind(self, fn: Callable[..., Sequence[Tensor]]) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
@@ -191,7 +283,7 @@ class Step:
 
         def run(*args: Tensor) -> Sequence[Tensor]:
             if not replay:
-                with _unchanged(self.mutable()):
+                with unchanged(self.mutable()):
                     replay.append(CudaReplay(fn, args, range(num_fixed, len(args))))
             return replay[0](*args)
 

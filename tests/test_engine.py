@@ -1,0 +1,163 @@
+"""The step's contract: players with losses of their own, scheduled scalars, state in buffers; the same in every tier."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pgen
+from pgen.training import SGD, Adam
+
+INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
+TIERS = [pytest.param(tier, marks=INDUCTOR) for tier in ("eager", "graph", "compiled")]
+X = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64).reshape(6, 2)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Half the squared distance of the first number from the second, which is not trained here."""
+
+    mine: str
+    other: str
+    kind: str = "unnormalised"
+
+    def __call__(self, model, guide, batch, scalars):
+        mine, other = getattr(model.__self__, self.mine), getattr(model.__self__, self.other)
+        loss = 0.5 * (mine.weight - other.weight).square().sum() + 0.0 * batch["x"].sum()
+        return loss, {"gap": (mine.weight - other.weight).abs().sum().detach()}
+
+
+class Two(pgen.GenerativeModel):
+    """Two numbers, each a module of its own."""
+
+    def __init__(self):
+        super().__init__((2,))
+        self.left, self.right = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            self.left.weight.fill_(1.0)
+            self.right.weight.fill_(4.0)
+
+    def model(self, x=None, context=None):
+        with self.plate(x, context):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x)
+
+    def settings(self):
+        return {}
+
+
+@dataclass(frozen=True)
+class Game:
+    players: dict = field(default_factory=lambda: {"right": Distance("right", "left"), "left": Distance("left", "right")})
+    kind: str = "unnormalised"
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_players_move_in_turn_from_where_the_one_before_left_things(tier):
+    model, left, right, gaps = Two(), 1.0, 4.0, []
+    run = model.fit(
+        X, objective=Game(), optimizer={"left": SGD(0.5), "right": SGD(0.1)}, steps=5, compile=tier, unroll=1, seed=0,
+        precision="float64", progress=False,
+    )  # fmt: skip
+    for _ in range(5):
+        gaps.append(abs(right - left))
+        right -= 0.1 * (right - left)
+        left -= 0.5 * (left - right)
+    assert run.tier == tier
+    assert float(model.right.weight.detach()) == pytest.approx(right, abs=1e-12)
+    assert float(model.left.weight.detach()) == pytest.approx(left, abs=1e-12)
+    np.testing.assert_allclose(run.history["right_gap"], gaps, atol=1e-12)
+    np.testing.assert_allclose(run.history["loss"], run.history["right_loss"] + run.history["left_loss"], atol=1e-12)
+
+
+def test_players_share_an_optimizers_settings_but_not_its_state():
+    model = Two()
+    model.fit(X, objective=Game(), optimizer=Adam(0.1), steps=1, precision="float64", progress=False)
+    assert float(model.right.weight.detach()) == pytest.approx(3.9, abs=1e-6)  # Adam's first step is the rate itself
+    assert float(model.left.weight.detach()) == pytest.approx(1.1, abs=1e-6)
+
+
+def test_a_players_optimizer_and_parameters_must_exist():
+    with pytest.raises(ValueError, match="`optimizer` has 'critic', but the objective's players are 'right', 'left'"):
+        Two().fit(X, objective=Game(), optimizer={"critic": 0.1}, steps=1, progress=False)
+    with pytest.raises(ValueError, match="give one optimizer"):
+        Two().fit(X, objective=Distance("left", "right"), optimizer={"left": 0.1}, steps=1, progress=False)
+    stray = Game({"critic": Distance("left", "right")})
+    with pytest.raises(ValueError, match=r"player 'critic' of the objective has no parameters here.*\(left, right\)"):
+        Two().fit(X, objective=stray, steps=1, progress=False)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The first number's distance from a target that moves by schedule."""
+
+    kind: str = "unnormalised"
+
+    @property
+    def schedules(self):
+        return {"target": lambda step, total: step / total, "weight": lambda step, total: 2.0}
+
+    def __call__(self, model, guide, batch, scalars):
+        left = model.__self__.left.weight
+        return 0.5 * scalars["weight"] * (left - scalars["target"]).square().sum(), {"target": scalars["target"].detach()}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_schedules_are_inputs_of_every_step(tier, unroll):
+    model, left = Two(), 1.0
+    run = model.fit(
+        X, objective=Pulled(), optimizer=SGD(0.1), steps=6, compile=tier, unroll=unroll, precision="float64", progress=False
+    )
+    for step in range(6):
+        left -= 0.1 * 2.0 * (left - step / 6)
+    assert float(model.left.weight.detach()) == pytest.approx(left, abs=1e-12)
+    np.testing.assert_allclose(run.history["target"], np.arange(6) / 6, atol=1e-12)
+
+
+class Normed(pgen.GenerativeModel):
+    """A regression of x on itself through batch normalisation and dropout."""
+
+    def __init__(self, spoiled=False):
+        super().__init__((2,))
+        self.spoiled = spoiled
+        with self.initial_weights(0):
+            self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.3), nn.Linear(3, 2))
+
+    def model(self, x=None, context=None):
+        with self.plate(x, context):
+            loc = self.net(x) / 0 if self.spoiled and self.training else self.net(x)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def settings(self):
+        return {}
+
+
+def normed(tier, **options):
+    model = Normed()
+    run = model.fit(
+        X, optimizer=SGD(0.01), steps=8, batch_size=3, compile=tier, precision="float64", progress=False, **options
+    )
+    assert run.tier == tier
+    return model, run
+
+
+@pytest.mark.parametrize("tier", TIERS[1:])
+def test_batch_statistics_and_dropout_are_state_and_noise_of_the_graph(tier):
+    reference, model = normed("eager")[0], normed(tier, unroll=1)[0]
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+    assert int(model.net[1].num_batches_tracked) == 8
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_skipped_step_leaves_batch_statistics_alone(tier):
+    model = Normed(spoiled=True).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="5 non-finite steps in a row"):
+        model.fit(X, steps=8, compile=tier, unroll=1, precision="float64", progress=False)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
