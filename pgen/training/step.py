@@ -105,7 +105,7 @@ class Step:
         self.ema = [v.clone() for v in self.values] if ema is not None else []
         self._graphs: dict[tuple[int, int], fx.GraphModule] = {}
         self._changing = buffers  # all of them, until a capture shows which
-        self._changed: list[Tensor] = []
+        self._changed: set[int] = set()
 
     @property
     def metric_names(self) -> list[str]:
@@ -233,12 +233,11 @@ class Step:
             )
 
         with unchanged(self.buffers):
-            versions = [b._version for b in self.buffers]
+            before = [b.clone() for b in self.buffers]
             inputs, others = ([*fixed, *r, *scheduled] for r in rows)
             graph = capture(fn, inputs, others, lambda k: seed_generators(k, device))
-            now = [b for b, version in zip(self.buffers, versions) if b._version != version]
-        self._changing = [b for b in self.buffers if any(b is c for c in [*now, *self._changed])]
-        self._changed = self._changing
+            self._changed |= {i for i, (b, old) in enumerate(zip(self.buffers, before)) if not torch.equal(b, old)}
+        self._changing = [self.buffers[i] for i in sorted(self._changed)]
         return graph
 
     def num_nodes(self) -> int:
