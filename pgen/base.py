@@ -11,20 +11,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import files
-from .contracts import Batch, Draws, NotAvailable, Run, Score, check_choice, check_event_shape, check_positive, nearest
+from .contracts import (
+    Batch,
+    Draws,
+    NotAvailable,
+    Run,
+    Score,
+    Seed,
+    as_seed,
+    check_choice,
+    check_event_shape,
+    check_positive,
+    nearest,
+)
 from .data.arrays import as_batch, check_finite, fingerprint
 from .data.batches import key
 from .data.transforms import Transform, from_settings
-from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, row_units, take
+from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
+from .evaluation.posterior import by_rows, draw_posterior, draw_predictive, many
+from .evaluation.units import TIERS
 from .guides.automatic import AUTOMATIC, Flow, Latent
 from .objectives import ELBO
 from .programs import (
@@ -37,7 +47,6 @@ from .programs import (
     check_pair,
     check_support,
     closure_modules,
-    draw,
     innermost,
     isolated,
     keyed_rng,
@@ -62,12 +71,10 @@ __all__ = ["GenerativeModel", "Pair", "load"]
 FAMILIES: dict[str, type[GenerativeModel]] = {}
 """The closed registry of families that a saved file may name."""
 
-DRAW_ELEMENTS = 4_000_000
-"""Numbers held at a time while drawing; fixes the unit of noise, so it is no argument."""
-
-
-def _chunks(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+SAMPLE_ROWS = 1024
+"""Most data that ``sample`` generates at a time; part of what keys the noise."""
+ENCODE_ROWS = 256
+"""Most data that ``encode`` takes at a time."""
 
 
 class _Questions(nn.Module):
@@ -86,6 +93,12 @@ class _Questions(nn.Module):
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The model and the guide, as the engine calls them."""
         raise NotImplementedError
+
+    def _asked(self, seed: Seed, compile: str, progress: bool) -> dict[str, Any]:
+        """What every question passes on to the units that answer it."""
+        check_choice("compile", compile, TIERS)
+        held = [*self.parameters(), *self.buffers()]
+        return {"seed": as_seed(seed), "held": held, "compile": compile, "progress": progress}
 
     # -- what the training loop asks for ------------------------------------------------------------------------------
 
@@ -160,7 +173,7 @@ class _Questions(nn.Module):
         epochs: float | None,
         steps: int | None,
         batch_size: int | None,
-        seed: int,
+        seed: Seed,
         checkpoint: str | Path | None,
         callbacks: Sequence[Callback],
         progress: bool,
@@ -168,8 +181,7 @@ class _Questions(nn.Module):
         options: dict[str, Any],
     ) -> Run:
         settings = _training(training, options)
-        if not isinstance(seed, int):
-            raise ValueError(f"`seed` should be an integer, got {seed!r}")
+        seed = as_seed(seed)
         check_positive("epochs", epochs, allow_none=True, integer=False)
         check_positive("steps", steps, allow_none=True)
         check_positive("batch_size", batch_size, allow_none=True)
@@ -391,9 +403,9 @@ class GenerativeModel(_Questions, PyroModule):
         raise NotImplementedError
 
     @staticmethod
-    def initial_weights(seed: int) -> AbstractContextManager[None]:
+    def initial_weights(seed: Seed) -> AbstractContextManager[None]:
         """Draw networks inside this context: their initial weights are a function of ``seed`` alone."""
-        return keyed_rng(key(seed, "weights"))
+        return keyed_rng(key(as_seed(seed), "weights"))
 
     def plate(self, x: Tensor | None, context: Tensor | None) -> pyro.plate:
         """The plate of the batch axis: as long as x, else as the context, else as many data as are being sampled."""
@@ -438,7 +450,7 @@ class GenerativeModel(_Questions, PyroModule):
         epochs: float | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         checkpoint: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
@@ -527,35 +539,47 @@ class GenerativeModel(_Questions, PyroModule):
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
-    def sample(self, n: int = 1, context: Any = None, *, seed: int = 0) -> Tensor:
+    def sample(
+        self, n: int = 1, context: Any = None, *, seed: Seed = 0, compile: str = "auto", progress: bool = True
+    ) -> Tensor:
         """Draw x from the model.
 
         Args:
             n: How many.
             context: One context for all, shape ``(1, context_dim)``, or one for each.
             seed: Keys the draws.
+            compile: The tier; ``"auto"`` goes by the amount of work.
+            progress: Whether to show a bar on what takes more than two seconds.
 
         Returns:
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
         where = None if context is None and not self.context_dim else self._context(context, n)
-        reference, parts = next(self.parameters()), []
-        for number, count in enumerate(_chunks(n, 1024)):
-            chunk = None if where is None else where[number * 1024 : number * 1024 + count]
-            with (
-                isolated(self.home),
-                keyed_rng(key(seed, "sample", number), reference.device),
-                _evaluating(self),
-                torch.no_grad(),
-            ):
-                with PlateSize(count):
-                    parts.append(run_program(self.model, {"context": chunk})["x"].value)
-        x = torch.cat(parts)
+
+        def generated(batch: Batch, count: int) -> Tensor:
+            with PlateSize(count):
+                return run_program(self.model, cast(dict[str, Any], batch))["x"].value
+
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            options = self._asked(seed, compile, progress)
+            if where is None:
+                device = next(self.parameters()).device
+                x = many(generated, {"context": None}, int(n), SAMPLE_ROWS, name="sample", device=device, **options)
+            else:
+                x = by_rows(lambda b: generated(b, batch_length(b)), {"context": where}, SAMPLE_ROWS, name="sample", **options)
         return x if self.preprocess is None else self.preprocess.inverse(x)
 
     def log_prob(
-        self, x: Any, context: Any = None, *, num_samples: int = 100, seed: int = 0, batch_size: int | None = None
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        num_samples: int = 100,
+        seed: Seed = 0,
+        batch_size: int | None = None,
+        compile: str = "auto",
+        progress: bool = True,
     ) -> Score:
         r"""Log-density (or mass) of each datum, in nats, in the units of the data.
 
@@ -568,6 +592,9 @@ class GenerativeModel(_Questions, PyroModule):
             num_samples: K. Memory does not grow with it.
             seed: Keys the draws.
             batch_size: Rows whose likelihood is evaluated at a time: memory, not results, depends on it.
+            compile: ``"eager"``, ``"graph"`` or ``"compiled"``; ``"auto"`` goes by the amount of work, so that equal calls
+                give equal bits. The tiers see the same noise and agree to rounding.
+            progress: Whether to show a bar on what takes more than two seconds.
 
         Returns:
             A Score of kind ``exact`` or ``lower_bound``.
@@ -576,78 +603,113 @@ class GenerativeModel(_Questions, PyroModule):
         check_positive("batch_size", batch_size, allow_none=True)
         batch = self._batch("x", x, context)
         self._check_support(batch)
+        options = self._asked(seed, compile, progress)
         device = next(self.parameters()).device
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), device):
+        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(options["seed"], "log_prob"), device):
             prepared, change = self._prepared(batch)
             log_det = 0.0 if change is None else change.double()
             latents = run_program(self.guide, take(prepared, slice(0, 1)))
-            draws = num_samples if latents else 1
-            value, error = importance_bound(
-                self.model, self.guide, prepared, draws, seed=seed, batch_size=batch_size,
-            )  # fmt: skip
+            draws = int(num_samples) if latents else 1
+            value, error = importance_bound(self.model, self.guide, prepared, draws, batch_size=batch_size, **options)
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         size = math.prod(self.event_shape)
         if not latents:
             return Score(value + log_det, "lower_bound" if bounded else "exact", size)
         return Score(value + log_det, "lower_bound", size, error, num_samples)
 
-    def draw(self, data: Any, num_samples: int = 1000, seed: int = 0, context: Any = None) -> Draws:
+    def draw(
+        self,
+        data: Any,
+        num_samples: int = 1000,
+        seed: Seed = 0,
+        context: Any = None,
+        *,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> Draws:
         """Draws of the latents of ``data`` from the guide, with the log-densities that weigh them."""
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data, context)
         self._check_support(batch)
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
-            prepared, log_det = self._prepared(batch)
-            draws = _draw(*self.programs(), prepared, num_samples, seed)
+        options = self._asked(seed, compile, progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            with keyed_rng(key(options["seed"], "prepare"), _device(batch)):
+                prepared, log_det = self._prepared(batch)
+            draws = draw_posterior(*self.programs(), prepared, int(num_samples), **options)
         return draws if log_det is None else _in_user_units(draws, batch["x"], log_det.double())
 
-    def posterior(self, x: Any, num_samples: int = 1000, *, context: Any = None, seed: int = 0) -> xarray.DataTree:
+    def posterior(
+        self,
+        x: Any,
+        num_samples: int = 1000,
+        *,
+        context: Any = None,
+        seed: Seed = 0,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> xarray.DataTree:
         """Draws of the latents given x as a DataTree, dims ``(chain=1, draw, data, ...)``."""
         from .diagnostics.convert import to_datatree
 
-        draws = self.draw(x, num_samples, seed, context)
+        draws = self.draw(x, num_samples, seed, context, compile=compile, progress=progress)
         if not draws.values:
             raise NotAvailable(f"{type(self).__name__} has no latent variables, so there is no posterior; ask for log_prob(x)")
         return to_datatree(draws, run=self.last_run)
 
-    def predict(self, data: Any, num_samples: int = 100, seed: int = 0, context: Any = None) -> dict[str, Tensor]:
+    def predict(
+        self,
+        data: Any,
+        num_samples: int = 100,
+        seed: Seed = 0,
+        context: Any = None,
+        *,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> dict[str, Tensor]:
         """Replicated data x_rep ~ p(x | z), z ~ q(z | x): ``{"x": (S, N, *event_shape)}`` in the units of the data."""
+        check_positive("num_samples", num_samples)
         batch = self._batch("data", data, context)
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "prepare"), _device(batch)):
-            prepared = self.prepare(batch)
+        options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            out = _predict(*self.programs(), prepared, num_samples, seed)
+            with keyed_rng(key(options["seed"], "prepare"), _device(batch)):
+                prepared = self.prepare(batch)
+            out = draw_predictive(*self.programs(), prepared, int(num_samples), **options)
         if self.preprocess is not None:
             shape = out["x"].shape
             out["x"] = self.preprocess.inverse(out["x"].reshape(-1, *shape[2:])).reshape(shape)
         return out
 
-    def encode(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+    def encode(self, x: Any, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """Posterior means of the latents under the guide, ``(N, latent size)``."""
-        batch = self._batch("x", x, context)
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "encode"), _device(batch)):
-            prepared = self.prepare(batch)
-            parts = [self._means(take(prepared, rows)) for _, rows in row_units(prepared)]
-        if not parts[0]:
-            raise NotAvailable(f"{type(self).__name__} has no latent variables to encode into; VAE and Autoencoder have")
-        return torch.cat([torch.cat([v.reshape(len(v), -1) for v in part.values()], -1) for part in parts])
+
+        def encoded(batch: Batch) -> Tensor:
+            means = self._means(batch)
+            if not means:
+                raise NotAvailable(f"{type(self).__name__} has no latent variables to encode into; VAE and Autoencoder have")
+            return torch.cat([v.reshape(len(v), -1) for v in means.values()], -1)
+
+        return self._rows(encoded, "encode", self._batch("x", x, context), seed, progress)
+
+    def _rows(self, fn: Callable[[Batch], Tensor], name: str, batch: dict[str, Tensor], seed: Seed, progress: bool) -> Tensor:
+        """``fn`` of preprocessed rows, some at a time."""
+        options = self._asked(seed, "auto", progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            with keyed_rng(key(options["seed"], "encode"), _device(batch)):
+                prepared = self.prepare(batch)
+            return by_rows(fn, prepared, ENCODE_ROWS, name=name, **options)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         terms = run_program(self.guide, batch)
         return {name: _mean(term) for name, term in terms.items() if not term.auxiliary}
 
-    def reconstruct(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+    def reconstruct(self, x: Any, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """Mean of p(x | z) at the posterior mean of z, in the units of the data, ``(N, *event_shape)``."""
-        batch = self._batch("x", x, context)
-        parts = []
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "encode"), _device(batch)):
-            prepared = cast(dict[str, Any], self.prepare(batch))
-            for _, rows in row_units(prepared):
-                part = cast(dict[str, Any], take(prepared, rows))
-                with PlateSize(rows.stop - rows.start), At(self._means(part)):
-                    terms = run_program(self.model, {**part, "x": None})
-                parts.append(_mean(terms["x"]))
-        out = torch.cat(parts)
+
+        def reconstructed(batch: Batch) -> Tensor:
+            with PlateSize(batch_length(batch)), At(self._means(batch)):
+                return _mean(run_program(self.model, {**cast(dict[str, Any], batch), "x": None})["x"])
+
+        out = self._rows(reconstructed, "reconstruct", self._batch("x", x, context), seed, progress)
         return out if self.preprocess is None else self.preprocess.inverse(out)
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -670,29 +732,6 @@ def _mean(term: Term) -> Tensor:
     return term.fn.mean
 
 
-def _draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, seed: int) -> Draws:
-    """Draws in chunks of a size that depends on the data alone."""
-    numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    parts = []
-    for number, count in enumerate(_chunks(num_samples, max(1, min(1000, DRAW_ELEMENTS // max(numbers, 1))))):
-        with keyed_rng(key(seed, "draw", number), _device(batch)), rows_at(None):
-            parts.append(draw(model, guide, batch, count))
-    return parts[0] if len(parts) == 1 else _join(parts)
-
-
-def _join(parts: list[Draws]) -> Draws:
-    def cat(values: list[Any]) -> Any:
-        return None if values[0] is None else torch.cat(values)
-
-    first = parts[0]
-    return replace(
-        first,
-        values={name: cat([p.values[name] for p in parts]) for name in first.values},
-        log_likelihood={name: cat([p.log_likelihood[name] for p in parts]) for name in first.log_likelihood},
-        **{n: cat([getattr(p, n) for p in parts]) for n in ("log_p", "log_q", "log_p_rows", "log_q_rows")},
-    )
-
-
 def _in_user_units(draws: Draws, x: Tensor, log_det: Tensor) -> Draws:
     """Densities of x itself instead of preprocessed x."""
     rows = draws.log_p_rows
@@ -703,43 +742,6 @@ def _in_user_units(draws: Draws, x: Tensor, log_det: Tensor) -> Draws:
         log_p_rows=None if rows is None else rows + log_det,
         log_likelihood={**draws.log_likelihood, "x": draws.log_likelihood["x"] + log_det},
     )
-
-
-def _predict(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, seed: int
-) -> dict[str, Tensor]:
-    """Draws of the observed sites at draws of the latents."""
-
-    def once() -> dict[str, Tensor]:
-        trace = poutine.trace(guide).get_trace(*_positional(batch), **_named(batch))
-        with UnconditionMessenger(), ReplayMessenger(trace=trace):
-            replayed = poutine.trace(model).get_trace(*_positional(batch), **_named(batch))
-        return {
-            name: site["value"]
-            for name, site in replayed.nodes.items()
-            if site["type"] == "sample" and name not in trace.nodes and _is_data(site)
-        }
-
-    numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    parts = []
-    for number, count in enumerate(_chunks(num_samples, max(1, min(1000, DRAW_ELEMENTS // max(numbers, 1))))):
-        with keyed_rng(key(seed, "predict", number), _device(batch)), rows_at(None):
-            parts.append(vectorize(once, count))
-    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-
-
-def _is_data(site: Any) -> bool:
-    """Whether a site is data, and not a deterministic note, a factor or a subsample."""
-    note = site["infer"].get("_deterministic") or site_is_subsample(site)
-    return not note and not isinstance(site["fn"], pyro.distributions.Unit)
-
-
-def _positional(batch: Batch) -> tuple[Any, ...]:
-    return () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-
-
-def _named(batch: Batch) -> dict[str, Any]:
-    return batch if isinstance(batch, dict) else {}
 
 
 class Pair(_Questions):
@@ -821,7 +823,7 @@ class Pair(_Questions):
         epochs: float | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         checkpoint: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
@@ -902,15 +904,18 @@ class Pair(_Questions):
         if getattr(self._guide, "bound_to_rows", False):
             self._shapes["rows"] = fingerprint(data)
 
-    def _ready(self, batch: Batch) -> None:
+    def _knows(self, batch: Batch) -> bool:
+        """Whether the guide can say something of these rows: all but one with parameters of each training row can."""
+        return self._shapes.get("rows", "") in ("", fingerprint(batch))
+
+    def _ready(self, batch: Batch, *, any_rows: bool = False) -> None:
         """Take in a loaded state at the first question; a guide with parameters of each row answers for those rows alone."""
         if not self._shapes and self._pending is not None:
             shapes = self._pending[1]["shapes"]
             with keyed_rng(0), torch.no_grad():
                 self.materialize(batch, shapes["num_data"], minibatch=shapes["minibatch"])
         self.programs()
-        rows = self._shapes.get("rows")
-        if rows and rows != fingerprint(batch):
+        if not any_rows and not self._knows(batch):
             raise NotAvailable(
                 "the automatic guide has latents of its own for each training row and does not know these rows; "
                 "an amortized guide (a function of the data) can answer for new data"
@@ -918,60 +923,89 @@ class Pair(_Questions):
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
-    def draw(self, data: Any, num_samples: int = 1000, seed: int = 0) -> Draws:
+    def draw(
+        self, data: Any, num_samples: int = 1000, seed: Seed = 0, *, compile: str = "auto", progress: bool = True
+    ) -> Draws:
         """Draws of the latents given ``data`` from the guide, with the log-densities that weigh them."""
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data)
         self._ready(batch)
+        options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            return _draw(*self.programs(), batch, num_samples, seed)
+            return draw_posterior(*self.programs(), batch, int(num_samples), **options)
 
-    def posterior(self, data: Any, num_samples: int = 1000, *, seed: int = 0) -> xarray.DataTree:
+    def posterior(
+        self, data: Any, num_samples: int = 1000, *, seed: Seed = 0, compile: str = "auto", progress: bool = True
+    ) -> xarray.DataTree:
         """Draws of the latents given ``data`` as a DataTree, dims ``(chain=1, draw, ...)``."""
         from .diagnostics.convert import to_datatree
 
-        draws = self.draw(data, num_samples, seed)
+        draws = self.draw(data, num_samples, seed, compile=compile, progress=progress)
         if not draws.values:
             raise NotAvailable("this pair has no latent variables, so there is no posterior; ask for log_prob(data)")
         return to_datatree(draws, run=self.last_run)
 
-    def predict(self, data: Any, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
+    def predict(
+        self, data: Any, num_samples: int = 1000, seed: Seed = 0, *, compile: str = "auto", progress: bool = True
+    ) -> dict[str, Tensor]:
         """Posterior predictive draws of each observed site, ``(S, *shape)``, in chunks of bounded memory.
 
         The observed argument may be left out where the program allows it: ``predict({"x": x_new})`` for ``model(x, y=None)``.
+        An automatic guide with latents of its own for each training row knows nothing of the latents of other rows: those are
+        drawn from the model, given the latents that all data share.
         """
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data)
-        self._ready(batch)
+        self._ready(batch, any_rows=True)
+        guide, local = self.programs()[1], ()
+        if not self._knows(batch):
+            guide, local = cast(Any, guide).shared_alone, cast(Any, guide).local_names
+        options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            return _predict(*self.programs(), batch, num_samples, seed)
+            return draw_predictive(self._model, guide, batch, int(num_samples), local=local, **options)
 
-    def sample(self, n: int, data: Any, *, seed: int = 0) -> dict[str, Tensor]:
+    def sample(self, n: int, data: Any, *, seed: Seed = 0, compile: str = "auto", progress: bool = True) -> dict[str, Tensor]:
         """Draws of each observed site with the latents from the *prior*, given the programs' arguments: ``(n, *shape)``."""
         check_positive("n", n)
         batch = self._batch("data", data)
         self._ready(batch)
+        options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            with keyed_rng(key(seed, "names"), _device(batch)), rows_at(None):
+            with keyed_rng(key(options["seed"], "names"), _device(batch)), rows_at(None):
                 latents = run_program(self.programs()[1], batch)
-            return {name: x for name, x in _predict(self._model, _Empty(), batch, n, seed).items() if name not in latents}
+            return draw_predictive(self._model, _Empty(), batch, int(n), local=latents, **options)
 
-    def log_prob(self, data: Any, *, num_samples: int = 100, seed: int = 0, batch_size: int | None = None) -> Score:
+    def log_prob(
+        self,
+        data: Any,
+        *,
+        num_samples: int = 100,
+        seed: Seed = 0,
+        batch_size: int | None = None,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> Score:
         """Each datum's log-density by the multi-sample bound, where every latent lies in the data plate.
+
+        The arguments are those of ``GenerativeModel.log_prob``.
 
         Raises:
             NotAvailable: If data share a latent: then the question to ask is the posterior's.
         """
+        check_positive("num_samples", num_samples)
+        check_positive("batch_size", batch_size, allow_none=True)
         batch = self._batch("data", data)
         self._ready(batch)
-        with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(seed, "log_prob"), _device(batch)):
-            traces = run_pair(*self.programs(), batch)
+        options = self._asked(seed, compile, progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            with keyed_rng(key(options["seed"], "log_prob"), _device(batch)):
+                traces = run_pair(*self.programs(), batch)
             shared = [name for name, term in {**traces.model, **traces.guide}.items() if not term.local]
             if shared:
                 raise NotAvailable(f"data share {shared[0]!r}, so no datum has a density of its own; ask for posterior(data)")
             value, error = importance_bound(
-                *self.programs(), batch, num_samples if traces.guide else 1, seed=seed, batch_size=batch_size,
-                unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS,
+                *self.programs(), batch, int(num_samples) if traces.guide else 1, batch_size=batch_size,
+                unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS, **options,
             )  # fmt: skip
         size = sum(math.prod(t.fn.event_shape) for t in traces.likelihoods.values())
         if not traces.guide:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "Program",
     "Run",
     "Score",
+    "Seed",
+    "as_seed",
     "check_choice",
     "check_event_shape",
     "check_positive",
@@ -30,6 +33,9 @@ __all__ = [
 
 Batch: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple (positional arguments) or a dict (by name) of tensors with equal length along axis 0."""
+
+Seed: TypeAlias = int | torch.Generator
+"""What every public call takes as ``seed``: an integer, or a generator that an integer is drawn from."""
 
 Kind: TypeAlias = Literal["exact", "lower_bound", "upper_bound", "estimate", "unnormalised"]
 
@@ -255,6 +261,22 @@ def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(names)})"
+
+
+def as_seed(seed: Seed) -> int:
+    """The integer that keys all noise of a call.
+
+    A ``torch.Generator`` gives the next integer of its stream, so that calls which share it differ.
+
+    Example:
+        >>> as_seed(3), as_seed(torch.Generator().manual_seed(0)) == as_seed(torch.Generator().manual_seed(0))
+        (3, True)
+    """
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"`seed` should be an integer or a torch.Generator, got {seed!r}")
+    return int(seed)
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

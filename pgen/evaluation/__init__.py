@@ -1,4 +1,4 @@
-"""Evaluation: likelihoods and their bounds, in bounded memory, with keyed noise."""
+"""Evaluation: likelihoods and their bounds, posterior and predictive draws, in bounded memory, with keyed noise."""
 
 from .likelihood import importance_bound
 

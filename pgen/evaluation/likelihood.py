@@ -1,34 +1,34 @@
 r"""Log-likelihoods by importance sampling, for any number of samples in bounded memory.
 
-Noise is keyed by a fixed unit of rows and samples, so results do not depend on how much is evaluated at a time.
+Noise is keyed by units of rows and draws (``units``), so results do not depend on how much is evaluated at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..contracts import Batch
 from ..data.batches import key
-from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, seed_generators, vectorize
-from ..training.capture import CaptureRefused, capture
+from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, vectorize
+from ..training.progress import Progress
+from .units import QUIET_SECONDS, Deal, Unit, device_of, opened, rows_of
 
-__all__ = ["At", "importance_bound", "row_units", "take"]
+__all__ = ["UNIT_ROWS", "At", "importance_bound", "log_joint", "take"]
 
 UNIT_ROWS = 64
-"""Rows that share one noise key."""
-UNIT_SAMPLES = 64
-"""Samples that share one noise key."""
-WORTH_CAPTURING = 100
-"""Units of work above which capturing pays."""
+"""Most rows of a unit."""
+UNIT_DRAWS = 64
+"""Most draws of a unit."""
+UNIT_NUMBERS = 4_000_000
+"""Numbers of the data, times draws, in a unit: with the rows this bounds memory, and is part of what keys the noise."""
 
 
 class At(Messenger):
@@ -48,12 +48,6 @@ def take(batch: Batch, rows: slice | Tensor) -> Batch:
     return tree_map_only(Tensor, lambda t: t[rows] if t.dim() else t, batch)
 
 
-def row_units(batch: Batch, size: int = UNIT_ROWS) -> Iterator[tuple[int, slice]]:
-    """``(number, rows)`` of the units of a batch."""
-    for number, start in enumerate(range(0, batch_length(batch), size)):
-        yield number, slice(start, min(start + size, batch_length(batch)))
-
-
 def importance_bound(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -61,8 +55,11 @@ def importance_bound(
     num_samples: int,
     *,
     seed: int,
+    held: Sequence[Tensor] = (),
     batch_size: int | None = None,
     unit_rows: int = UNIT_ROWS,
+    compile: str = "auto",
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Each datum's K-sample bound, and its Monte Carlo standard error.
 
@@ -75,8 +72,11 @@ def importance_bound(
         batch: The data; run inside ``isolated``.
         num_samples: K.
         seed: Keys the noise.
+        held: Parameters and buffers of the programs.
         batch_size: Rows whose likelihood is evaluated at a time; changes memory, not results.
-        unit_rows: Rows that share one noise key; all of them for a guide with parameters of each row.
+        unit_rows: Most rows that share one noise key; all of them for a guide with parameters of each row.
+        compile: The tier, as in ``Unit``; where ``batch_size`` divides a unit, ``"auto"`` means ``"eager"``.
+        progress: Whether to show a bar on what takes more than two seconds.
 
     Returns:
         Bound and standard error, ``(N,)`` each, float64, in nats.
@@ -84,62 +84,42 @@ def importance_bound(
     References:
         Burda et al. (2016), arXiv:1509.00519, eq. 8.
     """
-    device = _device(batch)
-    weigh = _Weigher(model, guide, batch, num_samples, batch_size)
-    bounds, errors = [], []
-    for number, rows in row_units(batch, unit_rows):
-        unit = take(batch, rows)
-        first = second = None
-        for chunk, start in enumerate(range(0, num_samples, UNIT_SAMPLES)):
-            with keyed_rng(key(seed, "bound", number, chunk), device), rows_at(None), torch.no_grad():
-                log_weight = weigh(unit, min(UNIT_SAMPLES, num_samples - start))  # (samples, rows)
-            first = _accumulate(first, torch.logsumexp(log_weight, 0))
-            second = _accumulate(second, torch.logsumexp(2 * log_weight, 0))
-        assert first is not None and second is not None
-        bounds.append(first - math.log(num_samples))
-        relative = (second - 2 * first + math.log(num_samples)).exp() - 1
-        errors.append((relative.clamp(min=0) / num_samples).sqrt() if num_samples > 1 else torch.full_like(relative, math.nan))
-    return torch.cat(bounds), torch.cat(errors)
+    rows = Deal(batch_length(batch), unit_rows)
+    draws = Deal(num_samples, _draws_of(rows_of(batch, rows, 0)))
+    _, closed = opened(batch)
+    parts = [opened(rows_of(batch, rows, number))[0] for number in range(rows.units)]
+    divided = batch_size is not None and batch_size < rows.size
+
+    def log_weights(*tensors: Tensor) -> list[Tensor]:
+        return [_log_weights(model, guide, closed(tensors), draws.size, batch_size)]
+
+    calls, out = rows.units * draws.units, []
+    with keyed_rng(0, device_of(batch)), rows_at(None), Progress(calls, progress, QUIET_SECONDS) as bar:
+        tier = "eager" if divided and compile == "auto" else compile
+        unit = Unit(log_weights, held, parts[0], parts[-1], calls=calls, compile=tier)
+        for number, part in enumerate(parts):
+            sums: list[Tensor] = []
+            for chunk in range(draws.units):
+                bar.at(number * draws.units + chunk, "log_prob")
+                (log_weight,) = unit(key(seed, "bound", number, chunk), *part)  # (draws, rows)
+                sums = _accumulate(sums, log_weight[: draws.kept(chunk), : rows.kept(number)])
+            out.append(torch.stack(sums))
+    first, second = torch.cat(out, -1)
+    relative = (second - 2 * first + math.log(num_samples)).exp() - 1
+    error = (relative.clamp(min=0) / num_samples).sqrt() if num_samples > 1 else torch.full_like(relative, math.nan)
+    return first - math.log(num_samples), error
 
 
-class _Weigher:
-    """Log-weights of a unit: captured into a graph where there are many units, run as written otherwise."""
-
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num_samples: int, batch_size: int | None
-    ) -> None:
-        self.model, self.guide, self.batch_size = model, guide, batch_size
-        self.graph: Callable[..., Any] | None = None
-        rows = batch_length(batch)
-        units = (rows // UNIT_ROWS) * (num_samples // UNIT_SAMPLES)
-        if units >= WORTH_CAPTURING and (batch_size or UNIT_ROWS) >= UNIT_ROWS:
-            self._capture(batch)
-
-    def __call__(self, unit: Batch, count: int) -> Tensor:
-        if self.graph is not None and count == UNIT_SAMPLES and batch_length(unit) == UNIT_ROWS:
-            return self.graph(*tree_leaves(unit))[0]
-        return _log_weights(self.model, self.guide, unit, count, self.batch_size)
-
-    def _capture(self, batch: Batch) -> None:
-        first, second = take(batch, slice(0, UNIT_ROWS)), take(batch, slice(-UNIT_ROWS, None))
-        leaves, spec = tree_flatten(first)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            return
-
-        def fn(*tensors: Tensor) -> list[Tensor]:
-            return [_log_weights(self.model, self.guide, tree_unflatten(list(tensors), spec), UNIT_SAMPLES, None)]
-
-        device = _device(batch)
-        with keyed_rng(0, device), rows_at(None), torch.no_grad(), contextlib.suppress(CaptureRefused):
-            self.graph = capture(fn, leaves, tree_leaves(second), lambda k: seed_generators(k, device)).forward
+def _draws_of(unit: Batch) -> int:
+    """Most draws of a unit, from the size of its rows alone."""
+    numbers = sum(leaf.numel() for leaf in tree_leaves(unit) if isinstance(leaf, Tensor))
+    return max(1, min(UNIT_DRAWS, UNIT_NUMBERS // max(numbers, 1)))
 
 
-def _device(batch: Batch) -> torch.device:
-    return next(leaf.device for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-
-
-def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else torch.logaddexp(total, part)
+def _accumulate(sums: list[Tensor], log_weight: Tensor) -> list[Tensor]:
+    """Log-sums of the weights and of their squares over the draws so far, ``(rows,)`` each."""
+    new = [torch.logsumexp(log_weight, 0), torch.logsumexp(2 * log_weight, 0)]
+    return [torch.logaddexp(*pair) for pair in zip(sums, new)] if sums else new
 
 
 def _log_weights(
@@ -154,12 +134,14 @@ def _log_weights(
         return {name: term.value for name, term in terms.items()}, _sum_rows(terms, batch_length(unit))
 
     values, log_q = vectorize(propose, count)
-    parts = []
     size = batch_size or batch_length(unit)
+    if size >= batch_length(unit):
+        return log_joint(model, unit, values) - log_q
+    parts = []
     for start in range(0, batch_length(unit), size):
         rows = slice(start, min(start + size, batch_length(unit)))
         local = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in values.items() if n in axes}
-        parts.append(_log_joint(model, take(unit, rows), local))
+        parts.append(log_joint(model, take(unit, rows), local))
     return torch.cat(parts, -1) - log_q
 
 
@@ -171,7 +153,7 @@ def _row_axis(term: Term) -> int:
     return axis - (term.value.dim() - term.log_prob.dim())
 
 
-def _log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]) -> Tensor:
+def log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]) -> Tensor:
     """log p(x, z) for each draw and row, at given draws of z."""
 
     def at(z: dict[str, Tensor]) -> Tensor:

@@ -151,11 +151,20 @@ class _Automatic(nn.Module):
     def sample_shared(self) -> None:
         raise NotImplementedError
 
+    def shared_alone(self, *args: Any, **kwargs: Any) -> None:
+        """The statements that need no row of a minibatch, whatever the data."""
+        self.sample_shared()
+
+    @property
+    def local_names(self) -> list[str]:
+        """Latents that belong to one datum each."""
+        own = [latent.name for latent in self.shared if any(name == DATA_PLATE for name, _, _ in latent.plates)]
+        return own + [cast(_RowTable, table).latent.name for table in self.tables]
+
     @property
     def bound_to_rows(self) -> bool:
         """Whether some latent belongs to one datum, so that the guide answers for its training data alone."""
-        own = any(name == DATA_PLATE for latent in self.shared for name, _, _ in latent.plates)
-        return own or len(self.tables) > 0
+        return len(self.local_names) > 0
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel
-from ..contracts import Batch, Kind, NotAvailable, check_positive
+from ..contracts import Batch, Kind, NotAvailable, Seed, as_seed, check_positive
 from ..data.batches import key
 from ..data.transforms import Transform
 from ..nn import ACTIVATIONS, MLP, flatten
@@ -75,7 +75,7 @@ class Autoencoder(GenerativeModel):
         *,
         activation: str | type[nn.Module] = "silu",
         preprocess: Transform | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess)
         check_positive("latent_dim", latent_dim)
@@ -112,16 +112,16 @@ class Autoencoder(GenerativeModel):
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+    def encode(self, x: Any, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """Codes, ``(N, latent_dim)``."""
         batch = self._batch("x", x, context)
-        with torch.no_grad(), keyed_rng(key(seed, "encode"), batch["x"].device):
+        with torch.no_grad(), keyed_rng(key(as_seed(seed), "encode"), batch["x"].device):
             return self.code(self._prepared(batch)[0]["x"])
 
-    def reconstruct(self, x: Any, context: Any = None, *, seed: int = 0) -> Tensor:
+    def reconstruct(self, x: Any, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """g(f(x)) in the units of the data."""
         batch = self._batch("x", x, context)
-        with torch.no_grad(), keyed_rng(key(seed, "encode"), batch["x"].device):
+        with torch.no_grad(), keyed_rng(key(as_seed(seed), "encode"), batch["x"].device):
             out = self.model(self._prepared(batch)[0]["x"])
             return out if self.preprocess is None else self.preprocess.inverse(out)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel
-from ..contracts import Batch, check_choice, check_positive
+from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.observation import OBSERVATIONS, observation
 from ..guides import GaussianEncoder
@@ -66,7 +66,7 @@ class VAE(GenerativeModel):
         activation: str | type[nn.Module] = "silu",
         context_dim: int = 0,
         preprocess: Transform | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("latent_dim", latent_dim)

@@ -1,4 +1,4 @@
-r"""What a person sees while training: a bar with the bound, its trend and the time left."""
+r"""What a person sees while something takes long: a bar with what is being done and the time left."""
 
 from __future__ import annotations
 
@@ -10,30 +10,52 @@ __all__ = ["Progress"]
 QUIET_SECONDS = 1.0
 """A fit that ends within about this time shows nothing."""
 
+_OPEN: list[Progress] = []
+"""Bars at work, the outermost first: it alone is drawn."""
+
 
 class Progress:
-    """A progress bar on standard error that appears once a fit takes longer than a moment.
+    """A progress bar on standard error that appears once the work takes longer than a moment.
+
+    Used as a context it covers the bars of whatever is called inside: they add their words to this one.
 
     Args:
         total: Steps in all.
         show: Whether to show anything at all.
+        quiet: Seconds that pass before it appears.
     """
 
-    def __init__(self, total: int, show: bool) -> None:
-        self.total, self.show = total, show
+    def __init__(self, total: int, show: bool, quiet: float = QUIET_SECONDS) -> None:
+        self.total, self.show, self.quiet = total, show, quiet
+        self.done, self.words = 0, ""
         self._start = time.perf_counter()
         self._bar: Any = None
         self._task: Any = None
 
     def update(self, step: int, bound: float, trend: float, note: str) -> None:
         """Show ``bound`` (nats a datum), its change a thousand steps, and a short note."""
-        if not self.show or (self._bar is None and time.perf_counter() - self._start < QUIET_SECONDS):
+        arrow = "→" if abs(trend) < 5e-4 else "↗" if trend > 0 else "↘"
+        self.at(step, f"bound {bound:.3f} nats {arrow} {trend:+.2f}/1k · {note}")
+
+    def at(self, done: int, words: str) -> None:
+        """Show how many steps are done, and what is being done."""
+        self.done, self.words = done, words
+        bars = _OPEN if self in _OPEN else [*_OPEN, self]
+        bars[0]._draw(" · ".join(bar.words if bar is bars[0] else f"{bar.words} {bar.done}/{bar.total}" for bar in bars))
+
+    def _draw(self, words: str) -> None:
+        if not self.show or (self._bar is None and time.perf_counter() - self._start < self.quiet):
             return
         if self._bar is None:
             self._open()
-        arrow = "→" if abs(trend) < 5e-4 else "↗" if trend > 0 else "↘"
-        words = f"bound {bound:.3f} nats {arrow} {trend:+.2f}/1k · {note}"
-        self._bar.update(self._task, completed=step, words=words)
+        self._bar.update(self._task, completed=self.done, words=words)
+
+    def __enter__(self) -> Progress:
+        _OPEN.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _open(self) -> None:
         from rich.console import Console
@@ -50,8 +72,12 @@ class Progress:
         self._bar = Rich(*columns, console=Console(stderr=True), transient=False)
         self._task = self._bar.add_task("fit", total=self.total, words="")
         self._bar.start()
+        if self not in _OPEN:
+            _OPEN.insert(0, self)
 
     def close(self) -> None:
         """Leave the last line standing."""
         if self._bar is not None:
             self._bar.stop()
+        if self in _OPEN:
+            _OPEN.remove(self)
