@@ -751,7 +751,7 @@ class Pair(_Questions):
         model: A function or module that makes ``pyro.sample`` statements. Rows of data that are to be subsampled lie in
             ``pyro.plate("data", len(y))``.
         guide: A program with the same arguments; one of Pyro's autoguides; or the name of an automatic guide:
-            ``"mean_field"`` (the default), ``"full_rank"``, ``"flow"``.
+            ``"mean_field"`` (the default), ``"low_rank"``, ``"full_rank"``, ``"flow"``.
 
     Example:
         >>> import pyro.distributions as dist
@@ -808,7 +808,7 @@ class Pair(_Questions):
 
     def default_objective(self) -> ELBO:
         """The ELBO; guides with many parameters get several draws a step."""
-        return ELBO(8 if self.guide_name in ("full_rank", "flow") else 1)
+        return ELBO(8 if self.guide_name in ("low_rank", "full_rank", "flow") else 1)
 
     def _divisible(self, batch: Batch) -> bool:
         return False
@@ -835,7 +835,8 @@ class Pair(_Questions):
         Args:
             data: The programs' arguments: a tensor, a tuple (by position) or a dict (by name) of arrays of equal length.
             validation: Held-out arguments.
-            objective: ``pgen.ELBO()`` by default (with 8 draws a step for the full-rank and flow guides), or ``pgen.IWAE(k)``.
+            objective: ``pgen.ELBO()`` by default (8 draws a step for automatic guides other than mean-field), or
+                ``pgen.IWAE(k)``.
             optimizer: As for ``GenerativeModel.fit``. Default: Adam at 0.02 (0.01 for the flow guide) with a cosine
                 schedule to zero; where programs of your own have networks of more than 1000 weights,
                 Adam at 1e-3.

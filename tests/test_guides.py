@@ -1,5 +1,6 @@
 """Automatic guides, Pyro's own, and those written by hand, on programs with known posteriors."""
 
+import itertools
 import math
 
 import pyro
@@ -13,7 +14,7 @@ from torch import nn
 
 import pgen
 
-AUTOMATIC = ["mean_field", "full_rank", "flow"]
+AUTOMATIC = ["mean_field", "low_rank", "full_rank", "flow"]
 QUICK = {"compile": "graph", "progress": False, "precision": "float64"}
 
 # --- Bayesian linear regression: y ~ N(X b, 0.5^2), b ~ N(0, I), with correlated columns -------------------------------
@@ -69,6 +70,59 @@ def test_mean_field_finds_the_inverse_diagonal_of_the_precision():
     pair.fit((X, Y), steps=1200, objective=pgen.ELBO(64), seed=1, **QUICK)
     precision = torch.linalg.inv(COVARIANCE).diagonal()
     check_regression(pair, covariance=torch.diag(1 / precision), tolerance=0.03)
+
+
+def test_low_rank_holds_a_common_direction_that_independence_does_not():
+    size = 6
+    spread = torch.eye(size, dtype=torch.float64) + 4 * torch.ones(size, size, dtype=torch.float64)
+    precision = torch.linalg.inv(spread)
+
+    def prior(y):
+        pyro.sample("b", dist.MultivariateNormal(y.new_zeros(size), spread))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y[0])
+
+    y = torch.tensor([1.0], dtype=torch.float64)
+    evidence = float(dist.Normal(0.0, 1.0).log_prob(y))
+    # the best independent Gaussians have the precision's diagonal
+    gap = 0.5 * float(precision.diagonal().log().sum() - torch.logdet(precision))
+    for guide, expected in {"mean_field": gap, "low_rank": 0.0}.items():
+        pair = pgen.Pair(prior, guide)
+        pair.fit(y, steps=1500, objective=pgen.ELBO(16), seed=1, **QUICK)
+        draws = pair.draw(y, 20_000, seed=2)
+        assert evidence - float(draws.log_weight.mean()) == pytest.approx(expected, abs=0.03 + 0.03 * gap)
+        weight = (draws.log_weight - evidence).exp()
+        assert guide == "mean_field" or float(weight.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.pairwise(AUTOMATIC)))
+def test_a_guide_starts_where_a_simpler_one_is(first, second):
+    y = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64)
+    simple = pgen.Pair(constrained, first)
+    simple.fit(y, steps=200, seed=1, **QUICK)
+    rich = pgen.Pair(constrained, second)
+    rich.fit(y, steps=1, optimizer=1e-9, seed=1, **QUICK)
+    with torch.no_grad():
+        rich._guide.start_at(simple._guide)
+    bounds = [float(pair.draw(y, 3000, seed=2).log_weight.mean()) for pair in (simple, rich)]
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.05)
+    values = [pair.draw(y, 3000, seed=2).values["real"] for pair in (simple, rich)]
+    torch.testing.assert_close(values[1].mean(0), values[0].mean(0), rtol=0, atol=0.15)
+    if "rank" in first and "rank" in second:  # the whole covariance
+        torch.testing.assert_close(torch.cov(values[1].T), torch.cov(values[0].T), rtol=0, atol=0.15)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # torch's own, for every diagonal
+def test_a_low_rank_guide_in_three_tiers():
+    states = []
+    for tier in ("eager", "graph", "compiled"):
+        pair = pgen.Pair(constrained, "low_rank")
+        y = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64)
+        run = pair.fit(y, steps=6, seed=1, compile=tier, unroll=1, progress=False, precision="float64")
+        assert run.tier == tier
+        states.append(state(pair))
+    assert torch.equal(states[0], states[1])
+    torch.testing.assert_close(states[2], states[0], rtol=1e-9, atol=1e-9)
 
 
 def test_draws_of_a_program_written_for_one_draw_are_independent():

@@ -10,8 +10,7 @@ inside the plate of a program that is fitted in minibatches have one row of para
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,8 +25,9 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 
 from ..contracts import NotAvailable
 from ..programs import DATA_PLATE, Term, current_rows
+from .transport import autoregressive_flow
 
-__all__ = ["AUTOMATIC", "Flow", "FullRank", "Latent", "MeanField"]
+__all__ = ["AUTOMATIC", "Flow", "FullRank", "Latent", "LowRank", "MeanField"]
 
 INITIAL_SCALE = 0.1
 """Standard deviation of every unconstrained latent at the start."""
@@ -161,6 +161,19 @@ class _Automatic(nn.Module):
         own = [latent.name for latent in self.shared if any(name == DATA_PLATE for name, _, _ in latent.plates)]
         return own + [cast(_RowTable, table).latent.name for table in self.tables]
 
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def start_at(self, other: _Automatic) -> None:
+        """Start where another guide for the same latents is: rows here, shared latents in each guide."""
+        for own, theirs in zip(self.tables, other.tables):
+            own.load_state_dict(theirs.state_dict())
+
+    @property
+    def size(self) -> int:
+        """Numbers in all shared latents together, D."""
+        return sum(latent.start.numel() for latent in self.shared)
+
     @property
     def bound_to_rows(self) -> bool:
         """Whether some latent belongs to one datum, so that the guide answers for its training data alone."""
@@ -191,38 +204,86 @@ class MeanField(_Automatic):
         for latent, loc, log_scale in zip(self.shared, self.loc, self.log_scale):
             _diagonal(latent, loc, log_scale, None)
 
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Location and log standard deviation of all shared latents, ``(D,)`` each."""
+        return _flat(self.loc), _flat(self.log_scale)
+
+    def start_at(self, other: _Automatic) -> None:
+        """Take over another guide's location and marginal scales."""
+        super().start_at(other)
+        for own, values in zip((self.loc, self.log_scale), other.diagonal()):
+            for parameter, part in zip(own, values.split([p.numel() for p in own])):
+                parameter.copy_(part.reshape(parameter.shape))
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    parts = [t.detach().reshape(-1) for t in tensors]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
 
 class _Joint(_Automatic):
-    """A bijection of standard normal noise onto all shared latents at once."""
+    """All shared latents at once, as one vector."""
 
     def __init__(self, latents: list[Latent], num_data: int) -> None:
         super().__init__(latents, num_data)
         self.sizes = [latent.start.numel() for latent in self.shared]
-        start = [latent.start.reshape(-1) for latent in self.shared]
-        self.loc = nn.Parameter(torch.cat(start) if start else torch.zeros(0))
+        self.loc = nn.Parameter(_flat(latent.start for latent in self.shared))
         self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(INITIAL_SCALE)))
-        self.lower = nn.Parameter(self.loc.new_zeros(len(self.loc), len(self.loc)))
 
-    def bijection(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents u(noise) and log |det du/dnoise|."""
+    def joint(self) -> Tensor:
+        """State the vector of unconstrained latents, ``(D,)``."""
         raise NotImplementedError
 
-    def affine(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """u = mu + diag(sigma) (I + strictly lower) noise."""
-        mixed = noise + torch.tril(self.lower, -1) @ noise
-        return self.loc + self.log_scale.exp() * mixed, self.log_scale.sum()
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Location and log standard deviation of all shared latents, ``(D,)`` each."""
+        return self.loc.detach(), self.log_scale.detach()
+
+    def start_at(self, other: _Automatic) -> None:
+        """Take over another guide's location and scales."""
+        super().start_at(other)
+        loc, log_scale = other.diagonal()
+        self.loc.copy_(loc)
+        self.log_scale.copy_(log_scale)
 
     def sample_shared(self) -> None:
-        """Draw the noise, then make the statements of the latents that have parameters of their own."""
+        """State the vector, then make the statements of the latents that have parameters of their own."""
         if not self.shared:
             return
-        standard = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
-        noise = pyro.sample("_noise", standard, infer={"is_auxiliary": True})
-        joint, log_det = self.bijection(noise)
-        infer = {"is_auxiliary": True, "is_change_of_variables": True}
-        pyro.sample("_joint", dist.Delta(joint, log_density=-log_det, event_dim=1), infer=infer)
-        for latent, part in zip(self.shared, joint.split(self.sizes)):
+        for latent, part in zip(self.shared, self.joint().split(self.sizes)):
             latent.sample(part.reshape(latent.start.shape))
+
+
+class LowRank(_Joint):
+    r"""One Gaussian whose correlations have low rank, on all unconstrained latents outside minibatched plates.
+
+    .. math:: u = \mu + \operatorname{diag}(\sigma)(\varepsilon + A \eta), \quad A \in \mathbb{R}^{D \times r}, \quad
+        \varepsilon, \eta \sim \mathcal{N}(0, I)
+
+    Its density needs the Cholesky factor of the r by r matrix :math:`I + A^\top A` alone (Woodbury), so a step costs
+    :math:`D r^2` and no matrix is D by D. The rank is :math:`\sqrt D`, rounded.
+
+    References:
+        Ong, Nott, Smith (2018), Gaussian variational approximation with a factor covariance structure, arXiv:1701.03208.
+    """
+
+    def __init__(self, latents: list[Latent], num_data: int) -> None:
+        super().__init__(latents, num_data)
+        size = len(self.loc)
+        rank = max(1, round(math.sqrt(size)))
+        # at A = 0 the gradient vanishes, so the start is beside it
+        self.factor = nn.Parameter(
+            torch.randn(size, rank, dtype=self.loc.dtype, device=self.loc.device) * 0.1 / math.sqrt(rank)
+        )
+
+    def joint(self) -> Tensor:
+        """One draw of the Gaussian."""
+        scale = self.log_scale.exp()
+        gaussian = dist.LowRankMultivariateNormal(self.loc, scale[:, None] * self.factor, scale.square())
+        return pyro.sample("_joint", gaussian, infer={"is_auxiliary": True})
+
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Location and log standard deviation of all shared latents, ``(D,)`` each."""
+        return self.loc.detach(), (self.log_scale + 0.5 * self.factor.square().sum(1).log1p()).detach()
 
 
 class FullRank(_Joint):
@@ -235,12 +296,40 @@ class FullRank(_Joint):
         Kucukelbir et al. (2017), arXiv:1603.00788, section 2.4 (full-rank).
     """
 
+    def __init__(self, latents: list[Latent], num_data: int) -> None:
+        super().__init__(latents, num_data)
+        self.lower = nn.Parameter(self.loc.new_zeros(len(self.loc), len(self.loc)))
+
     def bijection(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The affine map."""
-        return self.affine(noise)
+        """Latents u(noise) and log |det du/dnoise|."""
+        mixed = noise + torch.tril(self.lower, -1) @ noise
+        return self.loc + self.log_scale.exp() * mixed, self.log_scale.sum()
+
+    def joint(self) -> Tensor:
+        """Draw the noise and state its image."""
+        standard = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
+        noise = pyro.sample("_noise", standard, infer={"is_auxiliary": True})
+        joint, log_det = self.bijection(noise)
+        infer = {"is_auxiliary": True, "is_change_of_variables": True}
+        return pyro.sample("_joint", dist.Delta(joint, log_density=-log_det, event_dim=1), infer=infer)
+
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Location and log standard deviation of all shared latents, ``(D,)`` each."""
+        return self.loc.detach(), (self.log_scale + 0.5 * torch.tril(self.lower, -1).square().sum(1).log1p()).detach()
+
+    def start_at(self, other: _Automatic) -> None:
+        """Take over another guide's location and covariance."""
+        super().start_at(other)
+        if isinstance(other, FullRank):
+            self.log_scale.copy_(other.log_scale)
+            self.lower.copy_(other.lower)
+        elif isinstance(other, LowRank):
+            root = torch.linalg.cholesky(torch.eye(len(self.loc)).to(self.loc) + other.factor @ other.factor.T)
+            self.log_scale.copy_(other.log_scale + root.diagonal().log())
+            self.lower.copy_(torch.tril(root / root.diagonal()[:, None], -1))
 
 
-class Flow(_Joint):
+class Flow(FullRank):
     r"""A normalizing flow of autoregressive affine transforms, then a full-rank affine map.
 
     .. math:: u = \mu + \operatorname{diag}(\sigma)(I + A)\, f_\theta(\varepsilon), \quad \varepsilon \sim \mathcal{N}(0, I)
@@ -254,34 +343,18 @@ class Flow(_Joint):
 
     def __init__(self, latents: list[Latent], num_data: int, transforms: int = 4, hidden: tuple[int, ...] = (32, 32)) -> None:
         super().__init__(latents, num_data)
-        with _validation_flag_kept():
-            import zuko
-        size = len(self.loc)
-        self.flow = zuko.flows.MAF(size, transforms=transforms, hidden_features=hidden, randperm=False).to(self.loc)
-        with torch.no_grad():
-            for name, parameter in self.flow.named_parameters():
-                if len(parameter) == 2 * size or ".phi." in name:
-                    parameter.mul_(0.01)
+        self.flow = autoregressive_flow(len(self.loc), transforms, hidden).to(self.loc)
 
     def bijection(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The flow, then the affine map."""
-        bent, log_det = self.flow.transform().call_and_ladj(noise)
-        joint, log_det_affine = self.affine(bent)
+        bent, log_det = self.flow.transform().call_and_ladj(noise)  # type: ignore[operator]
+        joint, log_det_affine = super().bijection(bent)
         return joint, log_det + log_det_affine
-
-
-@contextmanager
-def _validation_flag_kept() -> Iterator[None]:
-    """Importing zuko turns torch's argument validation off for everyone; keep what the caller had."""
-    before = torch.distributions.Distribution._validate_args  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(bool(before))
 
 
 AUTOMATIC: dict[str, Callable[[list[Latent], int], _Automatic]] = {
     "mean_field": MeanField,
+    "low_rank": LowRank,
     "full_rank": FullRank,
     "flow": Flow,
 }

@@ -1,4 +1,4 @@
-r"""Variational autoencoder: a Gaussian latent, a decoder, and an amortized Gaussian guide.
+r"""Variational autoencoder: a Gaussian latent, a decoder, and an amortized guide.
 
 .. math::
 
@@ -24,7 +24,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.observation import OBSERVATIONS, observation
-from ..guides import GaussianEncoder
+from ..guides import ENCODERS
 from ..nn import ACTIVATIONS, MLP, flatten
 
 __all__ = ["VAE"]
@@ -39,6 +39,8 @@ class VAE(GenerativeModel):
         event_shape: Shape of one datum.
         latent_dim: Size of z.
         hidden: Sizes of the encoder's hidden layers; the decoder's are the same in reverse.
+        encoder: The family of q(z | x): ``"gaussian"`` (diagonal), ``"full_covariance"`` or ``"flow"`` (an inverse
+            autoregressive flow that sees x); see ``pgen.guides``.
         likelihood: ``"bernoulli"`` (x in {0, 1}), ``"categorical"`` (x in {0, ..., num_classes - 1}) or ``"gaussian"``
             (real x; mean and standard deviation both functions of z).
         num_classes: Values of a categorical x.
@@ -61,6 +63,7 @@ class VAE(GenerativeModel):
         latent_dim: int = 8,
         hidden: Sequence[int] = (256, 256),
         *,
+        encoder: str = "gaussian",
         likelihood: str = "bernoulli",
         num_classes: int | None = None,
         activation: str | type[nn.Module] = "silu",
@@ -71,18 +74,22 @@ class VAE(GenerativeModel):
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("latent_dim", latent_dim)
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
-        self.latent_dim, self.likelihood, self.num_classes = latent_dim, likelihood, num_classes
+        check_choice("encoder", encoder, tuple(ENCODERS))
+        self.latent_dim, self.likelihood, self.num_classes, self.encoder_name = latent_dim, likelihood, num_classes, encoder
         self.hidden, self.activation = tuple(hidden), ACTIVATIONS.name(activation)
         self.observation = observation(likelihood, self.event_shape, num_classes)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
         with self.initial_weights(seed):
-            self.encoder = GaussianEncoder(MLP(size + context_dim, self.hidden, 2 * latent_dim, make).glorot())
+            self.encoder = ENCODERS[encoder](
+                lambda outputs: MLP(size + context_dim, self.hidden, outputs, make).glorot(), latent_dim
+            )
             self.decoder = MLP(latent_dim + context_dim, self.hidden[::-1], self.observation.outputs * size, make).glorot()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
         names = ("latent_dim", "likelihood", "num_classes", "activation", "context_dim")
-        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **{n: getattr(self, n) for n in names}}
+        plain = {n: getattr(self, n) for n in names}
+        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), "encoder": self.encoder_name, **plain}
 
     def prime(self, data: Batch) -> None:
         """Start the decoder's output at the mean of the training data."""
