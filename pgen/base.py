@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import files
 from .contracts import (
     Batch,
+    DataSource,
     Draws,
     NotAvailable,
     Run,
@@ -29,8 +30,9 @@ from .contracts import (
     check_positive,
     nearest,
 )
-from .data.arrays import as_batch, check_finite, fingerprint
+from .data.arrays import as_batch, check_finite, fingerprint, is_source
 from .data.batches import key
+from .data.stored import Checked, look_rows
 from .data.transforms import Transform, from_settings
 from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
 from .evaluation.posterior import by_rows, draw_posterior, draw_predictive, many
@@ -163,11 +165,30 @@ class _Questions(nn.Module):
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
+    def _opened(
+        self, data: Any, batch_size: int | None, convert: Callable[[Any, Tensor | None], Batch]
+    ) -> tuple[Batch, Checked | None]:
+        """Data as a batch; of a source that is larger than a batch a look at it, and the source, checked as it is read."""
+        if not is_source(data):
+            return convert(data, None), None
+        check_positive("batch_size", batch_size, allow_none=True)
+        size = batch_size or self.default_batch_size
+        if size is None:
+            raise ValueError("`batch_size` is needed to fit a data source: how many of its rows a step takes, such as 1000")
+        if len(data) == 0:
+            raise ValueError("`data` has no rows")
+        source = Checked(data, convert)
+        if size >= len(source):
+            return source.rows(torch.arange(len(source))), None
+        source.looked = look_rows(data, size)
+        return source.rows(source.looked), source
+
     def _fit(
         self,
         data: Batch,
         validation: Batch | None,
         *,
+        source: Checked | None = None,
         objective: Any,
         optimizer: Any,
         epochs: float | None,
@@ -189,7 +210,7 @@ class _Questions(nn.Module):
             raise ValueError(f"give either `epochs` or `steps`, not both (got {epochs} and {steps})")
         steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))
         device = settings.torch_device()
-        num_data = batch_length(data)
+        num_data = batch_length(data) if source is None else len(source)
         size = min(batch_size or self.default_batch_size or num_data, num_data)
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
@@ -201,24 +222,24 @@ class _Questions(nn.Module):
                 self.prime(data)
             self.primed = True
         objective = objective or self.default_objective()
-        self._first_look(data, size, seed, settings, objective)
+        self._first_look(data, size, seed, settings, objective, source)
         if optimizer is None:
             optimizer, settings = self._default_optimizer(settings)
         self.to(device=device, dtype=settings.dtype)
         store = None if checkpoint is None else Checkpoint(Path(checkpoint))
         try:
             self.last_run = fit_loop(
-                self, data, validation=validation, objective=objective, optimizer=optimizer,
+                self, data if source is None else source, validation=validation, objective=objective, optimizer=optimizer,
                 training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
                 progress=progress, checkpoint=store,
             )  # fmt: skip
         except NonFinite as error:
             self.last_run = error.run
             raise
-        self._fitted_to(data)
+        self._fitted_to(data if source is None else source)
         return self.last_run
 
-    def _fitted_to(self, data: Batch) -> None:
+    def _fitted_to(self, data: Batch | DataSource) -> None:
         """Told of the training data after a fit."""
 
     def default_objective(self) -> Any:
@@ -228,9 +249,11 @@ class _Questions(nn.Module):
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         return Adam(1e-3), settings
 
-    def _first_look(self, data: Batch, batch_size: int, seed: int, settings: Training, objective: Any) -> None:
+    def _first_look(
+        self, data: Batch, batch_size: int, seed: int, settings: Training, objective: Any, source: Checked | None
+    ) -> None:
         """Create lazy parameters, then run both programs strictly on the first rows."""
-        num_data = batch_length(data)
+        num_data = batch_length(data) if source is None else len(source)
         first = take(data, slice(0, batch_size))
         device = _device(data)
         with keyed_rng(key(seed, "init"), device), torch.no_grad():
@@ -242,10 +265,12 @@ class _Questions(nn.Module):
                     self._strict(self.prepare(first), num_data)
                 self._check_owned(objective, first, num_data)
         if settings.augment is None:
-            self._check_support(data)
+            watch = self._check_support(data, None if source is None else source.looked)
+            if source is not None:
+                source.check = watch
 
-    def _check_support(self, batch: Batch) -> None:
-        """Refuse values outside the likelihood's support, in any row."""
+    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
+        """Refuse values outside the likelihood's support, in any row; returns a check for rows that are still to come."""
 
     def _check_owned(self, objective: Any, batch: Batch, num_data: int) -> None:
         """Refuse programs that use a parameter which nobody would train."""
@@ -286,6 +311,11 @@ class _Questions(nn.Module):
 
         preprocess = None if self.preprocess is None else self.preprocess.settings()
         files.write(path, self.state_dict(), {**metadata, "preprocess": preprocess, "pgen_version": __version__})
+
+
+def _refuse_source(argument: str, data: Any) -> None:
+    if is_source(data):
+        raise TypeError(f"`{argument}` is a data source, which only fit reads; give some of its rows: source.rows(indices)")
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -460,7 +490,9 @@ class GenerativeModel(_Questions, PyroModule):
         r"""Fit by stochastic variational inference (maximum likelihood where there are no latents).
 
         Args:
-            data: x, shape ``(N, *event_shape)``: a tensor or an array.
+            data: x, shape ``(N, *event_shape)``: a tensor, an array, or a source of rows larger than memory, such as
+                ``pgen.data.MemoryMapped("x.npy")``, or any object with ``len`` and ``rows(indices)``. Of a source some 4096
+                rows are looked at first (preprocessing is fitted to them); every row is checked when it is read.
             validation: Held-out x, for the validation bound and early stopping.
             context: Context of each datum, shape ``(N, context_dim)``.
             validation_context: Context of each validation datum.
@@ -485,31 +517,44 @@ class GenerativeModel(_Questions, PyroModule):
         Raises:
             ValueError: On bad data or arguments, in one line.
         """
-        batch = self._batch("data", data, context)
+        if is_source(data) and context is not None:
+            raise ValueError("`context` goes with arrays; a data source gives it in its rows: {'x': ..., 'context': ...}")
+        batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
+        batch = self._placed(batch)
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
         if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"])
         return self._fit(
-            batch, held_out, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size,
-            seed=seed, checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training, options=options,
+            batch, held_out, source=source, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps,
+            batch_size=batch_size, seed=seed, checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training,
+            options=options,
         )  # fmt: skip
 
     def _batch(self, argument: str, x: Any, context: Any) -> dict[str, Tensor]:
         """Checked x and context, in the model's dtype and on its device."""
+        return self._placed(self._checked(argument, x, context))
+
+    def _placed(self, batch: Any) -> dict[str, Tensor]:
+        return {name: self._like(tensor) for name, tensor in batch.items()}
+
+    def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """Checked x and context, in the model's dtype, where they are; ``numbers`` are those of the rows of a source."""
         if isinstance(x, dict):
             if "x" not in x:
                 raise ValueError(f"`{argument}` has no array 'x' (it has {', '.join(map(str, x)) or 'none'})")
             x, context = x["x"], x.get("context", context)
         x = as_batch(x)
+        _refuse_source(argument, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"`{argument}` should be one tensor or array of x, got {type(x).__name__}")
         check_event_shape(argument, x, self.event_shape)
         if len(x) == 0:
             raise ValueError(f"`{argument}` is empty: shape {tuple(x.shape)}")
-        check_finite(x, argument)
-        batch = {"x": self._like(x)}
+        check_finite(x, argument, numbers)
+        dtype = next(self.parameters()).dtype
+        batch = {"x": x.to(dtype)}
         if context is not None or self.context_dim:
-            batch["context"] = self._context(context, len(x))
+            batch["context"] = self._context(context, len(x)).to(dtype)
         return batch
 
     def _context(self, context: Any, length: int) -> Tensor:
@@ -524,18 +569,23 @@ class GenerativeModel(_Questions, PyroModule):
         if len(context) != length and len(context) != 1:
             raise ValueError(f"`context` has {len(context)} rows for {length} data; give one row a datum, or one for all")
         check_finite(context, "context")
-        return self._like(context).expand(length, -1)
+        return context.expand(length, -1)
 
     def _like(self, x: Tensor) -> Tensor:
         reference = next(self.parameters())
         return x.to(reference.device, reference.dtype)
 
-    def _check_support(self, batch: Batch) -> None:
+    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
         with isolated(self.home), keyed_rng(0, _device(batch)), _evaluating(self), torch.no_grad():
             prepared = self.prepare(batch)
             site = run_pair(*self.programs(), take(prepared, slice(0, 1))).model.get("x")
-        if site is not None:
-            check_support("model site 'x'", site.fn, cast(dict[str, Any], prepared)["x"])
+        if site is None:
+            return None
+        where, fn = "model site 'x'", site.fn
+        check_support(where, fn, cast(dict[str, Any], prepared)["x"], numbers=numbers)
+        if self.preprocess is not None:  # it may draw noise, which a thread beside training must not
+            return None
+        return lambda rows, numbers: check_support(where, fn, cast(dict[str, Any], rows)["x"], numbers=numbers)
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -555,7 +605,7 @@ class GenerativeModel(_Questions, PyroModule):
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
-        where = None if context is None and not self.context_dim else self._context(context, n)
+        where = None if context is None and not self.context_dim else self._like(self._context(context, n))
 
         def generated(batch: Batch, count: int) -> Tensor:
             with PlateSize(count):
@@ -833,7 +883,8 @@ class Pair(_Questions):
         """Fit the guide (and the model's own parameters) by stochastic variational inference.
 
         Args:
-            data: The programs' arguments: a tensor, a tuple (by position) or a dict (by name) of arrays of equal length.
+            data: The programs' arguments: a tensor, a tuple (by position) or a dict (by name) of arrays of equal length; or a
+                source of them larger than memory, see ``GenerativeModel.fit``.
             validation: Held-out arguments.
             objective: ``pgen.ELBO()`` by default (8 draws a step for automatic guides other than mean-field), or
                 ``pgen.IWAE(k)``.
@@ -853,17 +904,25 @@ class Pair(_Questions):
         Returns:
             A Run. The bound is in nats a datum; ``print(run)`` shows the total too.
         """
+        batch, source = self._opened(data, batch_size, lambda rows, numbers: self._checked("data", rows, numbers))
         return self._fit(
-            self._batch("data", data), None if validation is None else self._batch("validation", validation),
+            self._placed(batch), None if validation is None else self._batch("validation", validation), source=source,
             objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size, seed=seed,
             checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training, options=options,
         )  # fmt: skip
 
     def _batch(self, argument: str, data: Any) -> Batch:
+        return self._placed(self._checked(argument, data))
+
+    def _checked(self, argument: str, data: Any, numbers: Tensor | None = None) -> Batch:
         batch = as_batch(data)
+        _refuse_source(argument, batch)
         if batch_length(batch) == 0:
             raise ValueError(f"`{argument}` is empty; give the programs' arguments as a tensor, a tuple or a dict of arrays")
-        check_finite(batch, argument)
+        check_finite(batch, argument, numbers)
+        return batch
+
+    def _placed(self, batch: Batch) -> Batch:
         reference: Tensor | None = next(self.parameters(), None)
         if reference is None and self._pending is not None:
             reference = next((t for t in self._pending[0].values() if t.is_floating_point()), None)
@@ -901,7 +960,7 @@ class Pair(_Questions):
         made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
         return cast(nn.Module, AUTOMATIC[self.guide_name](made, num_data))
 
-    def _fitted_to(self, data: Batch) -> None:
+    def _fitted_to(self, data: Batch | DataSource) -> None:
         if getattr(self._guide, "bound_to_rows", False):
             self._shapes["rows"] = fingerprint(data)
 

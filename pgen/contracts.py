@@ -61,7 +61,11 @@ class Program(Protocol):
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Indexed data: its length, and any rows of it as one batch."""
+    """Indexed data: its length, and any rows of it as one batch.
+
+    Two attributes are optional: ``stamp``, a text that changes with the data, and ``epoch_rows(seed, epoch, start, stop)``, the
+    rows at those positions of an epoch's order, for data that cannot be reached in any order at the same price.
+    """
 
     def __len__(self) -> int: ...
 

@@ -598,8 +598,11 @@ def _check_values(where: str, site: dict[str, Any]) -> None:
         )
 
 
-def check_support(where: str, fn: Any, value: Tensor, mask: Any = None) -> None:
-    """Raise ValueError, naming the first row, if values that are not masked lie outside a distribution's support."""
+def check_support(where: str, fn: Any, value: Tensor, mask: Any = None, numbers: Tensor | None = None) -> None:
+    """Raise ValueError, naming the first row, if values that are not masked lie outside a distribution's support.
+
+    ``numbers`` are the numbers of the rows, where they are not 0, 1, ...
+    """
     base = innermost(fn)
     inside = base.support.check(value)
     for part in (mask, getattr(fn, "_mask", None)):
@@ -611,8 +614,9 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None) -> None:
     first = tuple(int(i) for i in (~inside).nonzero()[0]) if inside.dim() else ()
     bad = value[first]
     got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
+    row = first[0] if first else 0
     raise ValueError(
-        f"{where}: data row {first[0] if first else 0} holds {got}, outside the support {base.support} of "
+        f"{where}: data row {row if numbers is None else int(numbers[row])} holds {got}, outside the support {base.support} of "
         f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
     )
 

@@ -138,9 +138,7 @@ class Normed(pgen.GenerativeModel):
 
 def normed(tier, **options):
     model = Normed()
-    run = model.fit(
-        X, optimizer=SGD(0.01), steps=8, batch_size=3, compile=tier, precision="float64", progress=False, **options
-    )
+    run = model.fit(X, optimizer=SGD(0.01), steps=8, batch_size=3, compile=tier, precision="float64", progress=False, **options)
     assert run.tier == tier
     return model, run
 

@@ -3,6 +3,7 @@
 from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
 from .batches import Batches, chunks, epoch_order, key, permute, step_keys
 from .sources import Loaded, Split, digits, idx_folder, load
+from .stored import MemoryMapped, Parquet
 from .transforms import Compose, Dequantize, Logit, Standardize, Transform, from_settings
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Dequantize",
     "Loaded",
     "Logit",
+    "MemoryMapped",
+    "Parquet",
     "Split",
     "Standardize",
     "Transform",

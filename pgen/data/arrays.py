@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,17 @@ from torch import Tensor
 from ..contracts import Batch, DataSource
 from ..files import tensor_bytes
 
-__all__ = ["as_batch", "check_finite", "fingerprint", "map_tensors", "num_rows", "rows", "to_device"]
+__all__ = [
+    "as_batch",
+    "check_finite",
+    "fingerprint",
+    "is_source",
+    "map_tensors",
+    "num_rows",
+    "rows",
+    "sample_rows",
+    "to_device",
+]
 
 _SAMPLED_ROWS = 1024  # of a data source, for its fingerprint
 
@@ -40,7 +50,7 @@ def as_batch(data: Any, dtype: torch.dtype | None = None) -> Any:
         TypeError: If something is not an array of numbers.
         ValueError: If lengths differ, there are no rows, or an array has no batch axis.
     """
-    if isinstance(data, DataSource):
+    if is_source(data):
         return data
     batch = _convert("data", data, dtype)
     lengths = {name: len(tensor) for name, tensor in _leaves("data", batch)}
@@ -52,6 +62,20 @@ def as_batch(data: Any, dtype: torch.dtype | None = None) -> Any:
     if not next(iter(lengths.values())):
         raise ValueError("`data` has no rows")
     return batch
+
+
+def is_source(data: Any) -> TypeGuard[DataSource]:
+    """Whether data are a DataSource; frames that happen to have the same methods are arrays."""
+    return isinstance(data, DataSource) and not hasattr(data, "to_numpy")
+
+
+def sample_rows(source: DataSource, count: int) -> Tensor:
+    """Numbers of ``count`` rows that stand for a source: spread evenly, or first in the order of one that has an order."""
+    count = min(len(source), count)
+    own_order = getattr(source, "epoch_rows", None)
+    if own_order is not None:
+        return own_order(0, 0, 0, count).sort().values
+    return torch.linspace(0, len(source) - 1, count, dtype=torch.float64).long()
 
 
 def num_rows(batch: Batch | DataSource) -> int:
@@ -83,23 +107,27 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def check_finite(batch: Batch | DataSource, name: str = "data") -> None:
+def check_finite(batch: Batch | DataSource, name: str = "data", numbers: Tensor | None = None) -> None:
     """Raise ValueError, naming the first row and column, counted from 0, unless all numbers are finite.
 
-    The rows of a DataSource are not read.
+    The rows of a DataSource are not read. ``numbers`` are the numbers of the rows, where the batch is part of something.
     """
     for path, tensor in () if isinstance(batch, DataSource) else _leaves(name, batch):
         # A sum is finite only where every term is: one pass and no copy for good data.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
-            _check_each(path, tensor)
+            _check_each(path, tensor, numbers)
 
 
 def fingerprint(batch: Batch | DataSource) -> str:
-    """SHA-256, in hexadecimal, of names, dtypes, shapes and values. Of a DataSource: its length and 1024 rows spread evenly."""
+    """SHA-256, in hexadecimal, of names, dtypes, shapes and values.
+
+    Of a DataSource: its length, 1024 of its rows (`sample_rows`), and its ``stamp`` where it has one: of files their names,
+    sizes and times of change.
+    """
     digest = hashlib.sha256()
     if isinstance(batch, DataSource):
-        digest.update(f"source of {len(batch)}".encode())
-        batch = batch.rows(torch.linspace(0, len(batch) - 1, min(len(batch), _SAMPLED_ROWS), dtype=torch.float64).long())
+        digest.update(f"source of {len(batch)} {getattr(batch, 'stamp', '')}".encode())
+        batch = as_batch(batch.rows(sample_rows(batch, _SAMPLED_ROWS)))
     for name, leaf in _leaves("", batch, constants=True):
         if not isinstance(leaf, Tensor):
             digest.update(f"{name!r} = {leaf!r};".encode())
@@ -198,7 +226,7 @@ def _first(batch: Batch) -> Tensor:
     raise ValueError("the batch holds no tensor")
 
 
-def _check_each(name: str, tensor: Tensor) -> None:
+def _check_each(name: str, tensor: Tensor, numbers: Tensor | None) -> None:
     bad = ~torch.isfinite(tensor)
     where = bad.nonzero()
     if not len(where):
@@ -207,7 +235,7 @@ def _check_each(name: str, tensor: Tensor) -> None:
     count = int(bad.reshape(len(bad), -1).any(1).sum())
     place = f", column {column[0] if len(column) == 1 else tuple(column)}" if column else ""
     value = tensor[tuple(where[0])].item()
-    others = f"; {count} of {len(bad)} rows are not finite" if count > 1 else ""
-    raise ValueError(
-        f"{name} row {row}{place} is {'nan' if math.isnan(value) else value}{others}; drop or fill such rows first"
-    )
+    others = f"; {count} of {len(bad)} rows are not finite" if count > 1 and numbers is None else ""
+    what = "nan" if math.isnan(value) else value
+    number = row if numbers is None else int(numbers[row])
+    raise ValueError(f"{name} row {number}{place} is {what}{others}; drop or fill such rows first")

@@ -99,7 +99,8 @@ class Batches:
     A batch that holds all rows keeps them in their own order.
 
     Args:
-        data: The data, on the device where the batches are wanted, or only the number of its rows.
+        data: The data, on the device where the batches are wanted, or only the number of its rows. A source with a method
+            ``epoch_rows(seed, epoch, start, stop)`` decides its own order.
         batch_size: Rows a batch.
         seed: Keys the order.
         shuffle: Whether to permute; else every epoch runs in the order of the data.
@@ -125,6 +126,7 @@ class Batches:
             raise ValueError("`data` has no rows")
         self.data, self.batch_size, self.seed, self.device = data, min(batch_size, self.num_rows), seed, device
         self.shuffle = shuffle and self.batch_size < self.num_rows
+        self._own_order = getattr(data, "epoch_rows", None) if self.shuffle else None
         self._length = -(-self.num_rows // self.batch_size)
         self._epoch = -1
         self._views: tuple[Tensor, ...] = ()
@@ -144,7 +146,7 @@ class Batches:
     def indices(self, step: int) -> Tensor:
         """The rows of global step ``step``, int64, counted from 0 across epochs."""
         epoch, position = divmod(step, self._length)
-        if self.num_rows > _TABLE_ROWS:
+        if self.num_rows > _TABLE_ROWS or self._own_order is not None:
             return self._without_table(epoch, position)
         if epoch != self._epoch and (self.shuffle or not self._views):
             self._views = self._order(epoch).split(self.batch_size)
@@ -164,7 +166,10 @@ class Batches:
 
     def _without_table(self, epoch: int, position: int) -> Tensor:
         start = position * self.batch_size
-        where = torch.arange(start, min(start + self.batch_size, self.num_rows), device=self.device)
+        stop = min(start + self.batch_size, self.num_rows)
+        if self._own_order is not None:
+            return self._own_order(self.seed, epoch, start, stop).to(self.device)
+        where = torch.arange(start, stop, device=self.device)
         return permute(where, self.num_rows, self.seed, epoch) if self.shuffle else where
 
 

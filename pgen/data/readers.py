@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..contracts import nearest
 
-__all__ = ["read_file", "read_idx"]
+__all__ = ["open_npy", "open_parquet", "parquet_column", "read_file", "read_idx"]
 
 _MISSING = {"", "?", "-", "na", "n/a", "nan", "null", "none"}
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -100,6 +100,19 @@ def _read_npy(path: Path, columns: Sequence[str] | None) -> _Read:
         _refuse_columns(columns)
         # A memory map checks the claimed size against the file before anything is allocated.
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False)), None
+
+
+def open_npy(path: Path) -> np.memmap[Any, Any]:
+    """The array of numbers of a ``.npy`` file as a read-only memory map."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    with _reading(path, ".npy"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap) or array.ndim == 0:
+            raise _Refused("not one array with an axis of rows; expected a .npy file")
+        if array.dtype.kind not in "iufb":
+            raise _Refused(f"holds {array.dtype}; expected real numbers")
+    return array
 
 
 def _read_npz(path: Path, columns: Sequence[str] | None) -> _Read:
@@ -223,32 +236,43 @@ def _is_number(cell: str) -> bool:
 
 
 def _read_parquet(path: Path, columns: Sequence[str] | None) -> _Read:
+    file, names = open_parquet(path, columns)
+    with file, _reading(path, ".parquet"):
+        table = file.read(columns=names)
+    return np.column_stack([parquet_column(path, name, table.column(name)) for name in names]), tuple(names)
+
+
+def open_parquet(path: Path, columns: Sequence[str] | None) -> tuple[Any, list[str]]:
+    """A Parquet file with rows, open, and the names of its chosen columns, all of numbers."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ImportError("reading .parquet files needs pyarrow: pip install 'pgen[parquet]'") from None
-    with _reading(path, ".parquet"), pyarrow.parquet.ParquetFile(path) as file:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    with _reading(path, ".parquet"):
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         names = list(file.schema_arrow.names)
         wanted = [names[i] for i in _choose(names, columns)]
-        table = file.read(columns=wanted)
-        if not table.num_rows:
+        if not file.metadata.num_rows:
             raise _Refused("the table has no rows")
-        return np.column_stack([_parquet_column(name, table.column(name)) for name in wanted]), tuple(wanted)
+        for name in wanted:
+            kind = file.schema_arrow.field(name).type
+            if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)):
+                raise _Refused(f"column {name!r} holds {kind}, not numbers; choose numeric columns by `columns`")
+    return file, wanted
 
 
-def _parquet_column(name: str, column: Any) -> np.ndarray:
-    import pyarrow
-
-    kind = column.type
-    if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)):
-        raise _Refused(f"column {name!r} holds {kind}, not numbers; choose numeric columns by `columns`")
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True) + 1
-        raise _Refused(f"row {row}, column {name!r}: the value is missing; drop or fill such rows first")
-    values = column.to_numpy().astype(np.float64)
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise _Refused(f"row {row + 1}, column {name!r}: {values[row]} is not finite")
+def parquet_column(path: Path, name: str, column: Any, first: int = 0) -> np.ndarray:
+    """The numbers of a column, float64; rows in messages are counted from 1 at the row ``first``."""
+    with _reading(path, ".parquet"):
+        if column.null_count:
+            row = first + column.is_null().to_pylist().index(True) + 1
+            raise _Refused(f"row {row}, column {name!r}: the value is missing; drop or fill such rows first")
+        values = column.to_numpy().astype(np.float64)
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise _Refused(f"row {first + row + 1}, column {name!r}: {values[row]} is not finite")
     return values
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..contracts import Batch, Run, check_choice, check_positive
-from ..data.arrays import fingerprint
+from ..contracts import Batch, DataSource, Run, check_choice, check_positive
+from ..data.arrays import fingerprint, is_source, num_rows
 from ..data.batches import Batches, key, step_keys
-from ..programs import batch_length, keyed_rng, rows_at, seed_generators
+from ..data.stored import Feed
+from ..programs import keyed_rng, rows_at, seed_generators
 from .callbacks import Callback
 from .capture import BackgroundCompile, CaptureRefused, CompileFailed
 from .checkpoint import Checkpoint, check_same
@@ -219,7 +221,7 @@ class _Loop:
     def __init__(
         self,
         target: Trainable,
-        data: Batch,
+        data: Batch | DataSource,
         objective: Any,
         optimizer: Any,
         training: Training,
@@ -230,19 +232,22 @@ class _Loop:
     ) -> None:
         self.target, self.objective, self.training, self.seed = target, objective, training, seed
         self.device = training.torch_device()
-        self.leaves, self.spec = tree_flatten(data)
+        self.data = data
+        self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype) if is_source(data) else None
+        self.leaves, self.spec = tree_flatten(data if self.feed is None else self.feed.resident)
         self.sliced = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        self.num_data = len(self.leaves[self.sliced[0]])
+        self.resident_rows = len(self.leaves[self.sliced[0]])
+        self.num_data = self.resident_rows if self.feed is None else len(self.feed.source)
         self.batch_size = batch_size
         self.full = batch_size >= self.num_data
-        self.batches = Batches(self.num_data, batch_size, seed=seed, device=self.device)
+        self.batches = self.feed or Batches(self.num_data, batch_size, seed=seed, device=self.device)
         self.schedules: dict[str, Callable[[int, int], float]] = dict(getattr(objective, "schedules", {}))
         self.total = total
         players = self._players(objective, optimizer)
         self.optimizer = players[0].optimizer
         self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in players]
         self.step = Step(
-            players, target.changing(), [self.leaves[i] for i in self.sliced], scheduled=len(self.schedules),
+            players, target.changing(), self.tensors(), scheduled=len(self.schedules),
             clip_norm=training.clip_norm, ema=training.ema,
         )  # fmt: skip
         self.noise_key = key(seed, "noise")
@@ -270,6 +275,24 @@ class _Loop:
 
     # -- pieces of a step ---------------------------------------------------------------------------------------------
 
+    def tensors(self) -> list[Tensor]:
+        """What a step gathers its rows from; of a source, the rows at hand and their numbers."""
+        return [self.leaves[i] for i in self.sliced] + ([] if self.feed is None else [self.feed.numbers])
+
+    def load(self, step: int, count: int) -> None:
+        """Have the rows of some steps at hand."""
+        if self.feed is not None:
+            self.feed.load(step, count)
+
+    def rows(self, tensors: Sequence[Tensor], index: Tensor | None) -> Tensor | None:
+        """Numbers of the rows of a batch in the data; None for all rows in order."""
+        return index if self.feed is None or index is None else tensors[-1].index_select(0, index)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return fingerprint(self.data)
+
     def batch(self, tensors: Sequence[Tensor], index: Tensor | None) -> Batch:
         """The rows at ``index`` in the data's own structure, augmented."""
         leaves = list(self.leaves)
@@ -283,7 +306,7 @@ class _Loop:
         scalars: dict[str, Any] = {"num_data": float(self.num_data)}
         if scheduled is not None:
             scalars |= zip(self.schedules, scheduled.unbind())
-        with rows_at(index), self._autocast():
+        with rows_at(self.rows(tensors, index)), self._autocast():
             return self.target.loss(objective, self.batch(tensors, index), scalars)
 
     def _autocast(self) -> Any:
@@ -328,7 +351,12 @@ class _Loop:
         if index is None:
             return None
         rows = torch.arange(len(index), device=index.device)
-        return (index + 1 + rows) % self.num_data
+        return (index + 1 + rows) % self.resident_rows
+
+    def close(self) -> None:
+        """Fetch no more rows."""
+        if self.feed is not None:
+            self.feed.close()
 
     def raise_to_graph(self, step: int) -> bool:
         """Capture, for the ragged last batch too; on refusal stay eager and remember why."""
@@ -384,7 +412,7 @@ class _Compilation:
 
 def fit(
     target: Trainable,
-    data: Batch,
+    data: Batch | DataSource,
     *,
     validation: Batch | None,
     objective: Any,
@@ -399,12 +427,15 @@ def fit(
     checkpoint: Checkpoint | None = None,
 ) -> Run:
     """Train ``target``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
-    num_data = batch_length(data)
+    num_data = num_rows(data)
     plan = _Plan.make(math.ceil(num_data / batch_size), epochs, steps, training)
     loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, total=plan.steps, seed=seed)
     trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint)
     with keyed_rng(key(seed, "fit"), loop.device), _interruptible() as caught:
-        return trainer.train(caught)
+        try:
+            return trainer.train(caught)
+        finally:
+            loop.close()
 
 
 class _Trainer:
@@ -469,7 +500,7 @@ class _Trainer:
             "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules else "any",
             **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping", "validate_every")},
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
-            "data": fingerprint(tree_unflatten(loop.leaves, loop.spec)),
+            "data": loop.fingerprint,
         }
 
     def _save(self, due: bool) -> None:
@@ -556,6 +587,7 @@ class _Trainer:
                 return
         unroll = self.loop.training.unroll or self._unroll()
         unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
+        unroll = unroll if self.loop.feed is None else min(unroll, self.loop.feed.span)
         try:
             self.compilation = _Compilation(self.loop, self.done, unroll, wait)
         except CaptureRefused as refusal:
@@ -616,7 +648,9 @@ class _Trainer:
                 return u, compiled.run(None, table[i : i + u])
             rows = [index] if u == 1 else [loop.batches.indices(self.done + j) for j in range(i, i + u)]
             if all(len(r) == loop.batch_size for r in rows):
+                loop.load(self.done + i, u)
                 return u, compiled.run(torch.stack(rows), table[i : i + u])
+        loop.load(self.done + i, 1)
         out = loop.runner(index, self.done + i)(index, table[i])
         return 1, [o.reshape(1) for o in out]
 
@@ -682,8 +716,9 @@ class _Trainer:
         loop, step = self.loop, self.done - 1
         index = loop.index(step)
         seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
-        tensors = [loop.leaves[i] for i in loop.sliced]
-        with rows_at(index), unchanged(loop.step.buffers):
+        tensors = loop.tensors()
+        loop.load(step, 1)
+        with rows_at(loop.rows(tensors, index)), unchanged(loop.step.buffers):
             return loop.target.autopsy(loop.batch(tensors, index))
 
     def _finish(self, start: float) -> None:
