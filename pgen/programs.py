@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from .contracts import Batch, Draws, nearest
 
@@ -40,6 +41,7 @@ __all__ = [
     "closure_modules",
     "current_rows",
     "draw",
+    "held",
     "innermost",
     "isolated",
     "keyed_rng",
@@ -252,6 +254,7 @@ class Term:
         log_prob: Shape ``batch_shape`` of the site.
         scale: Product of the program's own scales: ``poutine.scale`` and subsampling plates.
         plates: ``(name, axis)`` for each plate, the axis negative, counted in ``batch_shape``.
+        mask: The mask that ``log_prob`` went through; None for none.
     """
 
     name: str
@@ -262,6 +265,7 @@ class Term:
     plates: tuple[tuple[str, int], ...]
     observed: bool
     auxiliary: bool
+    mask: Any = None
 
     @property
     def local(self) -> bool:
@@ -271,7 +275,7 @@ class Term:
     @property
     def reparameterized(self) -> bool:
         """Whether the gradient flows through the value."""
-        return bool(getattr(self.fn, "has_rsample", False))
+        return _has_rsample(self.fn)
 
     @property
     def rows(self) -> Tensor:
@@ -286,11 +290,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Traces:
-    """Both programs, run once on the same latents."""
+    """Both programs, run once on the same latents.
+
+    Attributes:
+        model: The model's sites.
+        guide: The guide's sites; their log-densities with parameters held constant where that was asked for.
+        subsampled: Whether a plate was subsampled.
+        scores: The guide's sites through whose values no gradient flows, log-densities with their gradient.
+        proposals: The guide's distributions, with their gradient.
+    """
 
     model: dict[str, Term]
     guide: dict[str, Term]
     subsampled: bool
+    scores: dict[str, Term]
+    proposals: dict[str, Any]
 
     @property
     def latents(self) -> dict[str, Term]:
@@ -312,7 +326,11 @@ def _term(site: dict[str, Any], double: bool) -> Term:
     log_prob = scale_and_mask(log_prob.double() if double else log_prob, mask=site["mask"])
     plates = tuple((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
     auxiliary = bool(site["infer"].get("is_auxiliary", False))
-    return Term(site["name"], value, fn, log_prob, site["scale"], plates, bool(site["is_observed"]), auxiliary)
+    return Term(site["name"], value, fn, log_prob, site["scale"], plates, bool(site["is_observed"]), auxiliary, site["mask"])
+
+
+def _has_rsample(fn: Any) -> bool:
+    return bool(getattr(fn, "has_rsample", False))
 
 
 def _sites(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -333,7 +351,9 @@ def _subsampled(trace: poutine.Trace) -> bool:
     )
 
 
-def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, double: bool = False) -> Traces:
+def run_pair(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, double: bool = False, hold: bool = False
+) -> Traces:
     """Run the guide, then the model on its latents; inside ``isolated``.
 
     Args:
@@ -341,22 +361,103 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch,
         guide: The guide program, called with the same arguments.
         batch: Their arguments.
         double: Whether to reduce log-densities in float64.
+        hold: Whether the guide's log-densities hold its parameters constant; see ``held``.
     """
-    guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
+    guide_trace = _trace(guide, batch)
     with ReplayMessenger(trace=guide_trace):  # not poutine.replay(model): its wrapper takes a keyword `context` for its own
-        model_trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
-    return Traces(_terms(model_trace, double), _terms(guide_trace, double), _subsampled(model_trace))
+        model_trace = _trace(model, batch)
+    return _traces(model_trace, guide_trace, double, held(guide, batch, _values(guide_trace), double=double) if hold else None)
+
+
+def _traces(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, double: bool = False, guide: dict[str, Term] | None = None
+) -> Traces:
+    scored = {name: _term(site, double) for name, site in _sites(guide_trace) if not _has_rsample(site["fn"])}
+    if guide is None:
+        guide = {name: scored[name] if name in scored else _term(site, double) for name, site in _sites(guide_trace)}
+    proposals = {name: site["fn"] for name, site in _sites(guide_trace)}
+    return Traces(_terms(model_trace, double), guide, _subsampled(model_trace), scored, proposals)
+
+
+def _trace(program: Callable[..., Any], batch: Batch) -> poutine.Trace:
+    return poutine.trace(program).get_trace(*_args(batch), **_kwargs(batch))
+
+
+def _values(trace: poutine.Trace) -> dict[str, Any]:
+    return {name: s["value"] for name, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+
+
+def held(guide: Callable[..., Any], batch: Batch, values: dict[str, Any], *, double: bool = False) -> dict[str, Term]:
+    r"""The guide's terms at given draws, with its parameters held constant: :math:`\log q_{\bar\phi}(z)`.
+
+    The gradient flows through the draws alone, those that other draws are conditioned on included. The guide runs a second
+    time; in a captured graph the two runs are one, since they compute the same numbers. A noise site from which a bijection
+    with parameters makes latents names them and its inverse, ``infer={"preimage": (site, inverse)}``; a Delta's
+    ``log_density`` must be a function of draws.
+
+    Args:
+        guide: The guide program; inside ``isolated``.
+        batch: Its arguments.
+        values: The values of all its sample sites.
+        double: Whether to reduce log-densities in float64.
+    """
+    with _Held(), _Again(values):
+        return _terms(_trace(guide, batch), double)
+
+
+class _Again(Messenger):
+    """Gives sample sites the values that they had; as views, so that no transform finds what it remembers of them."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] not in self.values or msg["is_observed"]:
+            return
+        source, inverse = msg["infer"].get("preimage", (msg["name"], _as_is))
+        value = inverse(self.values[source])
+        msg["value"], msg["done"] = value.view_as(value) if isinstance(value, Tensor) else value, True
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+_DROPOUTS = {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"}
+_CHANCE = {"rand", "randn", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli", "bernoulli_"}
+
+
+class _Held(TorchFunctionMode):
+    """Holds parameters constant, and the running statistics of batch normalisation as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, _constant, (args, kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _CHANCE or (name in _DROPOUTS and kwargs.get("training", True)):
+            raise ValueError(
+                f"the guide draws random numbers outside its sample sites ({name}), so that its log-density cannot be "
+                f"evaluated again at the same draws: leave dropout out of it, or do not hold its parameters constant"
+            )
+        if func is torch.nn.functional.batch_norm and kwargs.get("training"):
+            args = (args[0], None, None, *args[3:])
+        if func is torch.Tensor.add_ and not args[0].is_floating_point():
+            return args[0]  # the count of batches
+        return func(*args, **kwargs)
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
 
 
 def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = False) -> dict[str, Term]:
     """Run one program and describe its sites; inside ``isolated``."""
-    return _terms(poutine.trace(program).get_trace(*_args(batch), **_kwargs(batch)), double)
+    return _terms(_trace(program, batch), double)
 
 
 def run_latents(model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
     """Run the model and describe its latent sites alone; inside ``isolated``."""
-    trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
-    return {name: _term(s, False) for name, s in _sites(trace) if not s["is_observed"]}
+    return {name: _term(s, False) for name, s in _sites(_trace(model, batch)) if not s["is_observed"]}
 
 
 def _args(batch: Batch) -> tuple[Any, ...]:
@@ -396,18 +497,19 @@ def _bind(names: tuple[str, ...], defaults: tuple[float, ...], args: Any, kwargs
     return [given[i] if i < len(given) else kwargs.get(n, d) for i, (n, d) in enumerate(zip(names, defaults))]
 
 
-def vectorize(fn: Callable[[], Any], num: int) -> Any:
-    """Evaluate ``fn()`` independently ``num`` times in one batched run; every tensor returned gets a leading axis.
+def vectorize(fn: Callable[..., Any], num: int, *inputs: Any) -> Any:
+    """Evaluate ``fn`` independently ``num`` times in one batched run; every tensor returned gets a leading axis.
 
-    ``fn`` is written for one draw and needs no knowledge of the extra axis. Programs that cannot be batched (an operation
-    without a batching rule, control flow on values) are run ``num`` times in a loop: slower, the same distribution.
+    ``fn`` is written for one draw and needs no knowledge of the extra axis; it is given each input (tensors, or dicts of
+    tensors, with a leading axis of length ``num``) without it. Programs that cannot be batched (an operation without a
+    batching rule, control flow on values) are run ``num`` times in a loop: slower, the same distribution.
     """
     try:
         with _OutOfPlaceNoise(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.func.vmap(lambda _: fn(), randomness="different")(torch.empty(num))
+            return torch.func.vmap(lambda _, *args: fn(*args), randomness="different")(torch.empty(num), *inputs)
     except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError):
-        runs = [fn() for _ in range(num)]
+        runs = [fn(*tree_map_only(Tensor, lambda t: t[i], inputs)) for i in range(num)]  # noqa: B023
         leaves = [torch.utils._pytree.tree_flatten(run) for run in runs]
         stacked = [torch.stack(parts) for parts in zip(*(flat for flat, _ in leaves))]
         return torch.utils._pytree.tree_unflatten(stacked, leaves[0][1])
@@ -507,16 +609,16 @@ def check_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batc
             axis outside every plate, a data plate of the wrong size, a value outside the likelihood's support, or a
             log-density that is not finite.
     """
-    guide_trace = poutine.trace(guide).get_trace(*_args(batch), **_kwargs(batch))
+    guide_trace = _trace(guide, batch)
     with ReplayMessenger(trace=guide_trace):
-        model_trace = poutine.trace(model).get_trace(*_args(batch), **_kwargs(batch))
+        model_trace = _trace(model, batch)
     _check_sites(model_trace, guide_trace)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in trace.nodes.values():
             if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False):
                 _check_site(program, site, batch_length(batch), num_data)
     with pyro.validation_enabled(False):
-        return Traces(_terms(model_trace, False), _terms(guide_trace, False), _subsampled(model_trace))
+        return _traces(model_trace, guide_trace)
 
 
 def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

@@ -3,7 +3,9 @@
 None calls ``.item()``: a whole training step can be captured into one graph.
 """
 
+from .baselines import DecayingAverage
 from .elbo import ELBO, Objective
 from .multisample import IWAE
+from .schedules import Cyclical, Linear, Schedule
 
-__all__ = ["ELBO", "IWAE", "Objective"]
+__all__ = ["ELBO", "IWAE", "Cyclical", "DecayingAverage", "Linear", "Objective", "Schedule"]
