@@ -2,6 +2,8 @@ r"""The contract that every family and every user's pair fulfils, bound to train
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -59,9 +61,10 @@ from .programs import (
     run_program,
     vectorize,
 )
+from .training.autopsy import autopsy
 from .training.callbacks import Callback
 from .training.checkpoint import Checkpoint
-from .training.fit import NonFinite, Training, augmented
+from .training.fit import Training, augmented
 from .training.fit import fit as fit_loop
 from .training.optim import Adam
 
@@ -131,12 +134,13 @@ class _Questions(nn.Module):
         with isolated(self.home):
             return objective(*self.programs(), self.prepare(batch), scalars)
 
-    def bound_rows(self, objective: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Bound of each datum, ``(N,)``, and the part that all share, ``()``."""
+    def bound_rows(self, objective: Any, batch: Batch, pause: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Bound of each datum, ``(N,)``, and the part that all share, ``()``; ``pause`` is called between units of rows."""
         local, outside = [], []
         with isolated(self.home), torch.no_grad(), rows_at(None), _evaluating(self):
             parts = [take(batch, rows) for _, rows in _validation_units(batch)] if self._divisible(batch) else [batch]
             for part in parts:
+                pause()
                 prepared, log_det = self._prepared(part)
                 rows, shared = objective.rows(*self.programs(), prepared)
                 local.append(rows if log_det is None or objective.kind == "unnormalised" else rows + log_det)
@@ -146,22 +150,19 @@ class _Questions(nn.Module):
     def _divisible(self, batch: Batch) -> bool:
         return True
 
-    def autopsy(self, batch: Batch) -> str:
-        """Name the first thing that is not finite when the programs run on ``batch``."""
+    def autopsy(self, batch: Batch, index: Tensor | None) -> str:
+        """Name the first thing that is not finite when the programs run on ``batch``, rows ``index``; nothing if all is."""
         with isolated(self.home), torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if not bool(torch.isfinite(parameter).all()):
-                    return f"parameter {name!r} is not finite"
-            traces = run_pair(*self.programs(), self.prepare(batch))
-        for program, terms in (("guide", traces.guide), ("model", traces.model)):
-            for name, term in terms.items():
-                for what, value in (("value", term.value), ("log-density", term.log_prob)):
-                    bad = ~torch.isfinite(torch.as_tensor(value, dtype=torch.float64))
-                    if bool(bad.any()):
-                        rows = bad.reshape(len(bad), -1).any(-1).nonzero().reshape(-1).tolist() if bad.dim() else []
-                        where = f" in {len(rows)} of {len(bad)} rows (first: {rows[0]})" if rows else ""
-                        return f"{program} site {name!r}: {what} not finite{where}; try a smaller learning rate or clip_norm"
-        return "the gradient is not finite though the loss is; try a smaller learning rate, clip_norm or precision='float64'"
+            return autopsy(self.named_parameters(), self.programs(), self.prepare(batch), index)
+
+    def identity(self) -> str:
+        """Tells this model from others in a checkpoint: what it is, and a digest of its tensors' names and shapes."""
+        outline = repr([(name, tuple(tensor.shape)) for name, tensor in self.state_dict().items()])
+        preprocess = None if self.preprocess is None else self.preprocess.settings()
+        return f"{self._kind()}, preprocess {preprocess}, tensors {hashlib.sha256(outline.encode()).hexdigest()[:12]}"
+
+    def _kind(self) -> str:
+        return type(self).__name__
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
@@ -226,18 +227,19 @@ class _Questions(nn.Module):
         if optimizer is None:
             optimizer, settings = self._default_optimizer(settings)
         self.to(device=device, dtype=settings.dtype)
-        store = None if checkpoint is None else Checkpoint(Path(checkpoint))
-        try:
-            self.last_run = fit_loop(
-                self, data if source is None else source, validation=validation, objective=objective, optimizer=optimizer,
-                training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
-                progress=progress, checkpoint=store,
-            )  # fmt: skip
-        except NonFinite as error:
-            self.last_run = error.run
-            raise
-        self._fitted_to(data if source is None else source)
-        return self.last_run
+        run = Run()
+        with contextlib.nullcontext() if checkpoint is None else Checkpoint(Path(checkpoint)) as store:
+            try:
+                fit_loop(
+                    self, data if source is None else source, validation=validation, objective=objective, optimizer=optimizer,
+                    training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
+                    progress=progress, checkpoint=store, run=run,
+                )  # fmt: skip
+            finally:
+                if run.steps:
+                    self.last_run = run
+                    self._fitted_to(data if source is None else source)
+        return run
 
     def _fitted_to(self, data: Batch | DataSource) -> None:
         """Told of the training data after a fit."""
@@ -465,6 +467,9 @@ class GenerativeModel(_Questions, PyroModule):
             loss, metrics = objective(*self.programs(), prepared, scalars)
         density = log_det is not None and objective.kind != "unnormalised"
         return (loss - log_det.mean() if density else loss), metrics  # type: ignore[union-attr]
+
+    def _kind(self) -> str:
+        return f"{self.family} {self.settings()}" if self.family else super()._kind()
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 

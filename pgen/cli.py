@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["main", "run"]
 
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base of its errors, which typer brings under a changing address
-_signals: list[int] = []  # received since `run` began
 
 app = typer.Typer(
     name="pgen",
@@ -78,11 +77,13 @@ def run(arguments: Sequence[str]) -> int:
         with _terminable(), contextlib.redirect_stdout(sys.stderr if as_json else stdout):
             result = app(list(arguments), prog_name="pgen", standalone_mode=False)
         if not isinstance(result, Result):  # help was shown, or an interrupt came where there was nothing to save
-            return 143 if signal.SIGTERM in _signals else int(result or 0)
+            return int(result or 0)
         if as_json:
             print(json.dumps(runs.plain(result.data), allow_nan=False), file=stdout, flush=True)
         else:
             result.show(_console())
+    except SystemExit as stop:  # terminated where there was nothing to save
+        return int(stop.code or 0)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return 0
@@ -104,6 +105,7 @@ def fit(
     data: Annotated[str | None, typer.Option("--data", help="Data for a program of your own.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder to write: the model, run.json, pictures.")] = Path("run"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in that folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted fit in that folder.")] = False,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step.")] = None,
@@ -120,22 +122,24 @@ def fit(
     as_json: Json = False,
 ) -> Result:
     """Fit a family to data, or a Pyro program of your own."""
-    _check_out(out, overwrite)
+    _check_out(out, overwrite, resume)
     if ".py:" in source[0]:
         _refuse("a program of your own", {"--model": model, "--latent-dim": latent_dim, "--likelihood": likelihood})
         subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
     else:
         _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
         subject = runs.Subject.family(source[0], model, {"latent_dim": latent_dim, "likelihood": likelihood}, seed)
-    fitted = subject.model.fit(
-        subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
-        seed=seed, compile=compile, device=device, progress=not quiet,
-    )  # fmt: skip
     code = 0
-    if fitted.stopped.startswith("interrupted"):
-        code = 143 if signal.SIGTERM in _signals else 130
-        fitted.stopped = fitted.stopped.replace("Ctrl-C", "SIGTERM") if code == 143 else fitted.stopped
-    record = runs.save_run(out, subject, fitted)
+    try:
+        subject.model.fit(
+            subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
+            seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
+        )  # fmt: skip
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 143 if isinstance(stop, SystemExit) else 130
+        if subject.model.last_run is None:
+            raise
+    record = runs.save_run(out, subject, subject.model.last_run, finished=not code)
     return Result({"command": "fit", **record}, lambda console: None if quiet else _show_record(console, record), code)
 
 
@@ -249,11 +253,20 @@ def models(as_json: Json = False) -> Result:
 # --- the run folder --------------------------------------------------------------------------------------------------------
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if (out / runs.MODEL).exists() and not overwrite:
-        raise ValueError(f"{out} already holds a fit; name another folder with --out, or add --overwrite")
+def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")
+    if overwrite and resume:
+        raise ValueError("give either --overwrite or --resume, not both")
+    unfinished = runs.has_checkpoint(out)
+    if resume and not unfinished:
+        raise ValueError(f"{out} holds no interrupted fit to go on with; leave --resume out")
+    if overwrite:
+        runs.discard_checkpoint(out)
+    elif unfinished and not resume:
+        raise ValueError(f"{out} holds an interrupted fit; add --resume to go on with it, or --overwrite")
+    elif (out / runs.MODEL).exists() and not resume:
+        raise ValueError(f"{out} already holds a fit; name another folder with --out, or add --overwrite")
 
 
 def _replicates(pair: Any, batch: Batch, num: int, seed: int) -> Tensor:
@@ -339,12 +352,10 @@ def _place(error: BaseException | None, own: dict[Path, Path]) -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: a fit stops after the step at hand and is saved; a second one ends at once."""
-    _signals.clear()
+    """SIGTERM ends a command with its clean-up and code 143; a fit first ends the step at hand and is saved."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        _signals.append(number)
-        signal.raise_signal(signal.SIGINT)
+        raise SystemExit(128 + number)
 
     try:
         before = signal.signal(signal.SIGTERM, handler)

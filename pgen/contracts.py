@@ -153,6 +153,7 @@ class Run:
         seconds: Wall time.
         num_data: Data in the training set.
         seed: The seed that keyed order and noise.
+        resumed: The step of the checkpoint that it went on from; 0 for a fit from the start.
         restored: The validation bound of the parameters that were restored after training; None if the last ones stand.
     """
 
@@ -167,6 +168,7 @@ class Run:
     seconds: float = 0.0
     num_data: int = 0
     seed: int = 0
+    resumed: int = 0
     restored: float | None = None
 
     @property

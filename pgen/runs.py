@@ -7,6 +7,7 @@ user names the file again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -27,8 +28,10 @@ from torch import Tensor
 import pgen
 from pgen.contracts import Batch, Run, check_choice, nearest
 from pgen.data import Loaded
+from pgen.training.checkpoint import Checkpoint
 
 __all__ = [
+    "CHECKPOINT",
     "MODEL",
     "PICTURES",
     "RECORD",
@@ -36,13 +39,15 @@ __all__ = [
     "Program",
     "Subject",
     "batch",
+    "discard_checkpoint",
+    "has_checkpoint",
     "open_run",
     "plain",
     "read_record",
     "save_run",
 ]
 
-MODEL, RECORD, REPORT = "model.pgen", "run.json", "report.html"
+MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
 PICTURES = ("bound.png", "samples.png", "reconstructions.png", "latent.png")
 SCHEMA = 1
 VALIDATION_SHARE = 0.1
@@ -291,15 +296,36 @@ def _about(source: str, loaded: Loaded) -> dict[str, Any]:
 # --- the folder ------------------------------------------------------------------------------------------------------------
 
 
-def save_run(out: Path, subject: Subject, fitted: Run) -> dict[str, Any]:
-    """Write model, record and pictures into ``out``; return the record, with the files written and why others are missing."""
+def has_checkpoint(out: Path) -> bool:
+    """Whether a fit was interrupted in this folder."""
+    return any((out / CHECKPOINT).glob("checkpoint*"))
+
+
+def discard_checkpoint(out: Path) -> None:
+    """Remove the checkpoints of a fit; refuses where one is running."""
+    folder = out / CHECKPOINT
+    if folder.is_dir():
+        with Checkpoint(folder) as checkpoint:
+            checkpoint.clear()
+        with contextlib.suppress(OSError):  # the user keeps something of their own there
+            folder.rmdir()
+
+
+def save_run(out: Path, subject: Subject, fitted: Run, *, finished: bool = True) -> dict[str, Any]:
+    """Write model and record into ``out``, and pictures of a finished fit, whose checkpoints go.
+
+    Returns:
+        The record, with the files written and why others are missing.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in (*PICTURES, REPORT):
         (out / name).unlink(missing_ok=True)
     subject.model.save(out / MODEL)
     record = {"schema": SCHEMA, "pgen": pgen.__version__, "out": str(out), **subject.about, "run": summary(fitted)}
     write_record(out, record, fitted)
-    drawn, reasons = _draw(out, subject, fitted)
+    drawn, reasons = _draw(out, subject, fitted) if finished else ([], {})
+    if finished:
+        discard_checkpoint(out)
     return {**record, "files": [MODEL, RECORD, *drawn], "not_drawn": reasons}
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +22,11 @@ from ..data.arrays import fingerprint, is_source, num_rows
 from ..data.batches import Batches, key, step_keys
 from ..data.stored import Feed
 from ..programs import keyed_rng, rows_at, seed_generators
+from .autopsy import ADVICE
 from .callbacks import Callback
-from .capture import BackgroundCompile, CaptureRefused, CompileFailed
-from .checkpoint import Checkpoint, check_same
+from .capture import BackgroundCompile, CaptureRefused, CompileFailed, compile_graph
+from .checkpoint import ANY, Checkpoint, check_same, pack, unpack
+from .interruption import Interruption, Stop
 from .optim import External, from_torch, internal
 from .progress import Progress
 from .schedule import Schedule, multiplier
@@ -41,6 +42,8 @@ CAPTURE_WORTH_SECONDS = 2.0
 """A fit whose remaining eager time is shorter than this is not worth capturing."""
 COMPILE_WORTH_SECONDS = 10.0
 """A fit whose remaining graph time is shorter than this is not worth compiling."""
+CHECKPOINT_SECONDS = 10.0
+"""Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
 UNROLL_SECONDS = 4e-4
 """A graph step shorter than this is compiled with several steps in one call."""
 
@@ -78,7 +81,8 @@ class Training:
         max_nonfinite: Non-finite steps in a row before training stops.
         augment: A random function of each batch of x, drawn anew at every step: ``torch.bernoulli`` binarises grey images.
         unroll: Steps in one compiled call; None to choose.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints; None for one about every ten seconds, and rarer where writing one takes
+            more than a twentieth of the time. The last state is always written, at Ctrl-C and SIGTERM too.
     """
 
     device: str = "auto"
@@ -135,9 +139,13 @@ class Trainable(Protocol):
 
     def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def bound_rows(self, objective: Any, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def bound_rows(self, objective: Any, batch: Batch, pause: Callable[[], None]) -> tuple[Tensor, Tensor]: ...
 
-    def autopsy(self, batch: Batch) -> str: ...
+    def autopsy(self, batch: Batch, index: Tensor | None) -> str: ...
+
+    def identity(self) -> str: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 @dataclass
@@ -184,25 +192,11 @@ class _Log:
         return (_mean(loss[:half]) - _mean(loss[half:])) / half * 1000
 
 
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it: the step in progress ends whole. A second one raises."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _kind_of_bits(training: Training) -> str:
+    """Tiers that give the same bits: eager and graph do; a tier chosen by the clock promises none."""
+    if training.compile == "auto" and not training.deterministic:
+        return ANY
+    return "compiled" if training.compile in ("auto", "compiled") else "eager or graph"
 
 
 def augmented(batch: Batch, augment: Callable[[Tensor], Tensor] | None) -> Batch:
@@ -253,6 +247,7 @@ class _Loop:
         self.noise_key = key(seed, "noise")
         self.runners: dict[int, Callable[[Tensor | None, Tensor], list[Tensor]]] = {}
         self.tier, self.reason = "eager", ""
+        self.interruption = Interruption()
 
     def _players(self, objective: Any, optimizer: Any) -> list[Player]:
         """The objective's players, each with its own parameters and optimizer; one without a name if it has none."""
@@ -364,6 +359,7 @@ class _Loop:
         try:
             self.tier = "graph"
             for number in (first, first + len(self.batches) - 1):
+                self.interruption.check()
                 self.runner(self.index(number), number)
             return True
         except CaptureRefused as refusal:
@@ -384,7 +380,10 @@ class _Compilation:
         self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
         if wait:
             try:
-                self._take(loop.step.compiled(rows, scalars))
+                graph, inputs = loop.step.traced(rows, scalars)
+                with loop.interruption.cutting():
+                    compiled = compile_graph(graph, inputs)
+                self._take(loop.step.bind(compiled))
             except CompileFailed as failure:
                 loop.reason = str(failure)
         else:
@@ -424,18 +423,22 @@ def fit(
     seed: int,
     callbacks: Sequence[Callback],
     progress: bool,
+    run: Run,
     checkpoint: Checkpoint | None = None,
-) -> Run:
-    """Train ``target``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
+) -> None:
+    """Train ``target`` and write into ``run``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
     num_data = num_rows(data)
     plan = _Plan.make(math.ceil(num_data / batch_size), epochs, steps, training)
     loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, total=plan.steps, seed=seed)
-    trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint)
-    with keyed_rng(key(seed, "fit"), loop.device), _interruptible() as caught:
+    run.num_data, run.seed = num_data, seed
+    trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint, run)
+    with keyed_rng(key(seed, "fit"), loop.device), trainer.interruption:
         try:
-            return trainer.train(caught)
+            trainer.train()
         finally:
             loop.close()
+    where = "" if checkpoint is None else f"; the same call goes on from {checkpoint.folder}"
+    trainer.interruption.deliver(f"fit ended after step {run.steps} of {plan.steps}: {run.stopped}{where}")
 
 
 class _Trainer:
@@ -449,8 +452,9 @@ class _Trainer:
         callbacks: Sequence[Callback],
         progress: bool,
         checkpoint: Checkpoint | None,
+        run: Run,
     ) -> None:
-        self.checkpoint, self.saved_at = checkpoint, 0
+        self.checkpoint, self.run, self.interruption = checkpoint, run, loop.interruption
         self.loop, self.plan, self.validation, self.callbacks = loop, plan, validation, callbacks
         self.log, self.bar = _Log(), Progress(plan.steps, progress)
         self.done, self.skipped, self.skipped_in_row = 0, 0, 0
@@ -459,72 +463,126 @@ class _Trainer:
         self.best: tuple[float, list[Tensor]] | None = None
         self.stopped = ""
         self.bad_validations = 0
-        self.run = Run(num_data=loop.num_data, seed=loop.seed)
+        self.saved = (0, -1, "")
+        self.start = self.saved_time = time.perf_counter()
+        self.write_seconds = 0.0
         patience = loop.training.early_stopping
         self.patience = (20 if validation is not None else 0) if patience is None else patience
 
-    def train(self, caught: list[int]) -> Run:
+    def train(self) -> None:
         """The whole fit."""
-        start = time.perf_counter()
         for callback in self.callbacks:
             callback.on_start(self.run)
         try:
             with torch.no_grad():
                 self._resume()
-                self._settle()
-                while not self.stopped and self.done < self.plan.steps:
-                    self._advance(start)
-                    self.stopped = self._after_block() or ("interrupted (Ctrl-C)" if caught else "")
-                    self._save(due=bool(self.stopped) or self.done == self.plan.steps)
-            self.run.stopped = self.stopped or f"all {self.plan.steps} steps done"
+                self._steps()
+                self._save_last()
         finally:
             self.bar.close()
-            self._finish(start)
+            self._finish()
             for callback in self.callbacks:
                 callback.on_end(self.run)
-        return self.run
+
+    def _steps(self) -> None:
+        """Blocks, validations and checkpoints until the end or a signal."""
+        try:
+            if not self.stopped and self._left():
+                self._settle()
+            while not self.stopped and self._left():
+                self.interruption.check()
+                if self._validation_due():
+                    self.stopped = self._judge(self._validate())
+                else:
+                    self._advance()
+                self._save()
+        except Stop:
+            pass
+        words = f"interrupted ({self.interruption.name})" if self._left() else f"all {self.plan.steps} steps done"
+        self.run.stopped = self.stopped or words
+
+    def _left(self) -> bool:
+        return self.done < self.plan.steps or self._validation_due()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
+    @cached_property
     def _configuration(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
+        from .. import __version__
+
         loop, training = self.loop, self.loop.training
         schedule = training.schedule if isinstance(training.schedule, (str, type(None))) else "own"
         augment = training.augment
         return {
+            "model": loop.target.identity(),
             "objective": repr(loop.objective) if "object at" not in repr(loop.objective) else type(loop.objective).__name__,
-            "optimizer": " ".join("own" if p.external else repr(p.optimizer) for p in loop.step.players),
+            "optimizer": " ".join(repr(player.optimizer) for player in loop.step.players),
             "batch_size": loop.batch_size,
             "seed": loop.seed,
             "schedule": schedule,
-            "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules else "any",
-            **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping", "validate_every")},
+            "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules else ANY,
+            **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping")},
+            "validate_every": self.plan.validate_every if self.validation is not None else ANY,
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
+            "compile": _kind_of_bits(training),
+            "device": loop.device.type,
             "data": loop.fingerprint,
+            "validation": None if self.validation is None else fingerprint(self.validation),
+            "pgen": __version__,
+            "torch": str(torch.__version__),
         }
 
-    def _save(self, due: bool) -> None:
-        """Write a checkpoint where one is due: every ``checkpoint_every`` steps, by default at each validation."""
-        every = self.loop.training.checkpoint_every or self.plan.validate_every
-        if self.checkpoint is None or not (due or self.done - self.saved_at >= every):
+    def _save(self) -> None:
+        """Write a checkpoint where one is due; where it cannot be written, say so and train on."""
+        if self.checkpoint is None or not self._save_due():
             return
-        step = self.loop.step
+        self._check_parameters()
+        self.saved, self.saved_time = (self.done, -1, ""), time.perf_counter()
+        try:
+            self._write(self.checkpoint)
+        except OSError as error:
+            words = "what was saved before is intact; training goes on and will try again"
+            warnings.warn(f"no checkpoint at step {self.done}: {error}; {words}", stacklevel=2)
+
+    def _save_due(self) -> bool:
+        """Every ``checkpoint_every`` steps; by default by the clock, at a twentieth of the time at most."""
+        if self.stopped or not self._left():
+            return False
+        every = self.loop.training.checkpoint_every
+        if every is not None:
+            return self.done - self.saved[0] >= every
+        return time.perf_counter() - self.saved_time > max(CHECKPOINT_SECONDS, 20 * self.write_seconds)
+
+    def _save_last(self) -> None:
+        """The state at the end, or at a signal: where it cannot be written the fit ends with the error."""
+        self._check_parameters()
+        if self.checkpoint is not None and self.saved != self._moment():
+            self._write(self.checkpoint)
+
+    def _moment(self) -> tuple[int, int, str]:
+        return self.done, len(self.log.validation["step"]), self.stopped
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        began, step = time.perf_counter(), self.loop.step
         tensors = {f"step.{i}": t for i, t in enumerate(step.mutable())}
         if self.best is not None:
             tensors |= {f"best.{i}": t for i, t in enumerate(self.best[1])}
+        external = [pack(player.optimizer.state_dict(), "optimizer", tensors) for player in step.players if player.external]
         counters = {
             "done": self.done,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
             "bad": self.bad_validations,
+            "seconds": began - self.start,
         }
         metadata = {
-            "configuration": self._configuration(), "counters": counters, "stopped": self.stopped,
+            "configuration": self._configuration, "counters": counters, "stopped": self.stopped, "external": external,
             "validation": {n: [v if math.isfinite(v) else None for v in c] for n, c in self.log.validation.items()},
             "best": None if self.best is None else self.best[0], "metrics": [player.metric_names for player in step.players],
         }  # fmt: skip
-        self.checkpoint.write(tensors, self.log.history(), metadata)
-        self.saved_at = self.done
+        checkpoint.write(tensors, self.log.history(), metadata)
+        self.saved, self.write_seconds = self._moment(), time.perf_counter() - began
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one of the same configuration and data."""
@@ -532,20 +590,19 @@ class _Trainer:
         if found is None or self.checkpoint is None:
             return
         tensors, history, metadata = found
-        check_same(metadata["configuration"], self._configuration(), self.checkpoint.path)
-        if self.loop.step.external:
-            raise ValueError(
-                "resuming needs one of pgen's own optimizers (Adam, AdamW, SGD): others keep their state to themselves"
-            )
+        check_same(metadata["configuration"], self._configuration, self.checkpoint.path)
         for i, tensor in enumerate(self.loop.step.mutable()):
             tensor.copy_(tensors[f"step.{i}"])
+        for player, state in zip((p for p in self.loop.step.players if p.external), metadata["external"]):
+            player.optimizer.load_state_dict(unpack(state, tensors))
         if metadata["best"] is not None:
             self.best = metadata["best"], [tensors[f"best.{i}"].to(v) for i, v in enumerate(self._current())]
         counters = metadata["counters"]
         self.done, self.skipped, self.skipped_in_row = counters["done"], counters["skipped"], counters["skipped_in_row"]
-        self.bad_validations, self.saved_at = counters["bad"], counters["done"]
+        self.bad_validations, self.start = counters["bad"], self.start - counters["seconds"]
         self.log.validation = {n: [math.nan if v is None else v for v in c] for n, c in metadata["validation"].items()}
-        self.stopped = metadata["stopped"] if metadata["stopped"].startswith("validation") else ""
+        self.stopped, self.run.resumed = metadata["stopped"], self.done
+        self.saved = self._moment()
         self.log.add(**history)
         for player, names in zip(self.loop.step.players, metadata["metrics"]):
             player.metric_names = names
@@ -603,19 +660,25 @@ class _Trainer:
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
-    def _advance(self, start: float) -> None:
+    def _advance(self) -> None:
         """Run a block of steps and write them into the history."""
         self._improve()
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
         left = self.plan.steps - self.done
-        count = self._whole_calls(self.block, min(left, until_validation) if self.validation is not None else left)
+        count = self._whole_calls(self._until_save(), min(left, until_validation) if self.validation is not None else left)
         began = time.perf_counter()
-        columns = self._run(count)
+        count, columns = self._run(count)
         host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
         now = time.perf_counter()
         self.step_seconds = (now - began) / count
         self.block = max(1, min(int(BLOCK_SECONDS / self.step_seconds), self.block * 4, 20_000))
-        self._record(count, host, now - start)
+        self._record(count, host, now - self.start)
+        self._check_losses(host[2] > 0.5)
+
+    def _until_save(self) -> int:
+        """Steps of a block, or until the next checkpoint."""
+        every = self.loop.training.checkpoint_every
+        return self.block if every is None or self.checkpoint is None else min(self.block, self.saved[0] + every - self.done)
 
     def _whole_calls(self, block: int, limit: int) -> int:
         """Steps of a block: up to ``limit``, and otherwise to a multiple of the unrolled steps, wherever the clock puts it."""
@@ -623,13 +686,14 @@ class _Trainer:
         end = (self.done + max(block, unroll)) // unroll * unroll
         return min(end - self.done, limit)
 
-    def _run(self, count: int) -> list[list[Tensor]]:
+    def _run(self, count: int) -> tuple[int, list[list[Tensor]]]:
+        """Up to ``count`` steps, fewer where a signal comes: how many, and their outputs."""
         loop, done = self.loop, self.done
         table = loop.scalars(done, count)
         keys = step_keys(loop.noise_key, done, count)
         columns: list[list[Tensor]] = []
         i = 0
-        while i < count:
+        while i < count and not (i and self.interruption.received):
             index = loop.index(done + i)
             seed_generators(keys[i], loop.device)
             taken, out = self._call(index, table, i, count)
@@ -637,7 +701,7 @@ class _Trainer:
             for column, value in zip(columns, out):
                 column.append(value)
             i += taken
-        return columns
+        return i, columns
 
     def _call(self, index: Tensor | None, table: Tensor, i: int, count: int) -> tuple[int, list[Tensor]]:
         """One call of the tier at hand: the steps it took, and its outputs ``(steps,)``."""
@@ -663,29 +727,46 @@ class _Trainer:
         self.log.add(step=steps, epoch=epoch, loss=loss, grad_norm=norm, lr=lr, seconds=np.full(count, seconds), **metrics)
         self.done += count
         self.skipped += int(skip.sum())
-        self.skipped_in_row = self.skipped_in_row + count if skip.all() else int(np.argmin(skip[::-1]))
         means = {name: _mean(v) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
         for callback in self.callbacks:
             callback.on_log(self.done, {**means, "lr": float(lr[-1]), "seconds": seconds})
         best = f" · held out {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
         self.bar.update(self.done, -means["loss"], self.log.trend(), f"{self.loop.tier}{best}")
 
-    def _after_block(self) -> str:
-        """Look after non-finite steps and validation; returns why to stop, or nothing."""
-        if self.skipped_in_row >= self.loop.training.max_nonfinite:
-            self.run.stopped = f"{self.skipped_in_row} non-finite steps in a row"
-            error = NonFinite(f"{self.run.stopped} before step {self.done + 1}: {self._autopsy()}")
-            error.run = self.run
-            raise error
+    def _check_losses(self, skip: np.ndarray) -> None:
+        """Stop at ``max_nonfinite`` skipped steps in a row, wherever in the block they lie."""
+        first = self.done - len(skip)
+        for i, skipped in enumerate(skip.tolist() if skip.any() else []):
+            self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+            if self.skipped_in_row == self.loop.training.max_nonfinite:
+                raise self._nonfinite(f"{self.skipped_in_row} non-finite steps in a row up to step {first + i + 1}", first + i)
+        if not skip.any():
+            self.skipped_in_row = 0
+
+    def _check_parameters(self) -> None:
+        """No fit ends, and no checkpoint is written, with a parameter that is not finite."""
+        values = [*self.loop.step.values, *self.loop.step.ema]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise self._nonfinite(f"a parameter is not finite after step {self.done}", max(self.done - 1, 0))
+
+    def _nonfinite(self, words: str, step: int) -> NonFinite:
+        self.run.stopped = words
+        error = NonFinite(f"{words}: {self._autopsy(step)}")
+        error.run = self.run
+        return error
+
+    def _validation_due(self) -> bool:
         due = self.done % self.plan.validate_every == 0 or self.done == self.plan.steps
-        if self.validation is None or not due:
-            return ""
-        bound, std_error = self._validate()
+        return self.validation is not None and due and self.done > 0 and self.log.validation["step"][-1:] != [self.done]
+
+    def _validate(self) -> float:
+        """Compute the validation bound, tell it and return it."""
+        bound, std_error = self._bound()
         for name, value in zip(("step", "bound", "std_error"), (self.done, bound, std_error)):
             self.log.validation[name].append(float(value))
         for callback in self.callbacks:
             callback.on_validation(self.done, bound, std_error)
-        return self._judge(bound)
+        return bound
 
     def _judge(self, bound: float) -> str:
         if not self.patience:
@@ -702,26 +783,43 @@ class _Trainer:
     def _current(self) -> list[Tensor]:
         return self.loop.step.ema or self.loop.step.values
 
-    def _validate(self) -> tuple[float, float]:
+    def _bound(self) -> tuple[float, float]:
         """Mean bound and its standard error, with the same noise every time."""
         loop = self.loop
         with _swapped(loop.step.values, loop.step.ema), keyed_rng(key(loop.seed, "validation"), loop.device):
-            local, outside = self.loop.target.bound_rows(loop.objective, self.validation)  # type: ignore[arg-type]
+            local, outside = self.loop.target.bound_rows(
+                loop.objective, self.validation, self.interruption.check,  # type: ignore[arg-type]
+            )  # fmt: skip
         rows = local + outside / loop.num_data if len(local) else outside.reshape(1) / loop.num_data
         error = float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else math.nan
         return float(rows.mean()), error
 
-    def _autopsy(self) -> str:
-        """Replay the last step eagerly, with its own rows and noise, and name what went wrong."""
-        loop, step = self.loop, self.done - 1
+    def _autopsy(self, step: int) -> str:
+        """Replay a step eagerly, with its own rows and noise, and name what went wrong."""
+        loop = self.loop
         index = loop.index(step)
         seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
         tensors = loop.tensors()
         loop.load(step, 1)
-        with rows_at(loop.rows(tensors, index)), unchanged(loop.step.buffers):
-            return loop.target.autopsy(loop.batch(tensors, index))
+        rows = loop.rows(tensors, index)
+        with rows_at(rows), unchanged(loop.step.buffers):
+            return loop.target.autopsy(loop.batch(tensors, index), rows) or self._bad_gradient(step, index)
 
-    def _finish(self, start: float) -> None:
+    def _bad_gradient(self, step: int, index: Tensor | None) -> str:
+        """Every site was finite: whether the loss or a gradient is not."""
+        loop, names = self.loop, {id(p): name for name, p in self.loop.target.named_parameters()}
+        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
+        scheduled = loop.step.split_scalars(loop.scalars(step, 1)[0])[1]
+        for player in loop.step.players:
+            loss, _, grads = player.split(player.loss_and_grads(loop.step.leaves, index, scheduled))
+            if not bool(torch.isfinite(loss)):
+                return f"the loss is not finite though every site is; {ADVICE}"
+            for parameter, grad in zip(player.params, grads):
+                if not bool(torch.isfinite(grad).all()):
+                    return f"the gradient of {names.get(id(parameter))!r} is not finite though the loss is; {ADVICE}"
+        return "replayed with the parameters as they are now, it is finite"
+
+    def _finish(self) -> None:
         loop, run = self.loop, self.run
         if self.compilation is not None:
             self.compilation.cancel()
@@ -735,7 +833,7 @@ class _Trainer:
         run.validation = {name: np.array(values) for name, values in self.log.validation.items() if values}
         run.tier, run.tier_reason = loop.tier, self._why_not_faster()
         run.steps, run.epochs, run.skipped = self.done, self.done / self.plan.batches, self.skipped
-        run.seconds = time.perf_counter() - start
+        run.seconds = time.perf_counter() - self.start
 
     def _why_not_faster(self) -> str:
         loop = self.loop
@@ -753,9 +851,9 @@ def _swapped(values: list[Tensor], others: list[Tensor]) -> Iterator[None]:
         yield
         return
     before = [v.clone() for v in values]
-    for value, other in zip(values, others):
-        value.copy_(other)
     try:
+        for value, other in zip(values, others):
+            value.copy_(other)
         yield
     finally:
         for value, old in zip(values, before):

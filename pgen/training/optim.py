@@ -177,6 +177,21 @@ class External:
             self.optimizer = self._make(params)  # type: ignore[operator]
         if not isinstance(self.optimizer, torch.optim.Optimizer) or isinstance(self.optimizer, torch.optim.LBFGS):
             raise TypeError(f"{_WANTED}, got {type(self.optimizer).__name__}, which does not step on one gradient")
+        groups = [{n: v for n, v in g.items() if n not in ("params", "lr")} for g in self.optimizer.param_groups]
+        self._words = f"{type(self.optimizer).__name__} lr={self.lr} {groups}"
+
+    def __repr__(self) -> str:
+        return self._words
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that torch's optimizer keeps."""
+        assert self.optimizer is not None
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state)
 
     def step(self, params: list[nn.Parameter], grads: list[Tensor], lr: float) -> None:
         """One step, with the learning rate of every group scaled alike."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..programs import seed_generators
-from .capture import CudaReplay, capture, compile_graph, retrace
+from .capture import CudaReplay, capture, retrace
 from .optim import External
 
 __all__ = ["Player", "Step", "unchanged"]
@@ -118,7 +118,7 @@ class Step:
 
     # -- the mathematics ----------------------------------------------------------------------------------------------
 
-    def _scalars(self, s: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def split_scalars(self, s: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """A step's scalars, split into each player's and the scheduled ones (None where there are none)."""
         parts = list(torch.split(s, [player.num_scalars for player in self.players] + [self.scheduled]))
         return parts[:-1], parts[-1] if self.scheduled else None
@@ -144,15 +144,22 @@ class Step:
 
     def _step(self, run: Callable[[int, Tensor | None], Sequence[Tensor]], s: Tensor) -> list[Tensor]:
         """All players' updates in place, where ``run`` gives a player's loss and gradients; then the moving average."""
-        scalars, scheduled = self._scalars(s)
+        scalars, scheduled = self.split_scalars(s)
         results = []
         for i, player in enumerate(self.players):
             before = [b.clone() for b in self._changing]
             results.append(self._apply(player, run(i, scheduled), scalars[i]))
             self._restore(before, results[-1][2])
+        summary = self._summary(results)
         if self.ema:
-            torch._foreach_lerp_(self.ema, self.values, 1 - self.ema_decay)  # type: ignore[operator]
-        return self._summary(results)
+            ahead = torch._foreach_sub(self.values, self.ema)
+            torch._foreach_mul_(ahead, self._ema_weight(summary[2]))
+            torch._foreach_add_(self.ema, ahead)
+        return summary
+
+    def _ema_weight(self, skip: Tensor) -> Tensor:
+        """How far the average moves towards the parameters; nowhere where the step is skipped."""
+        return (~skip).to(self.values[0].dtype) * (1 - self.ema_decay)  # type: ignore[operator]
 
     def _restore(self, before: list[Tensor], skip: Tensor) -> None:
         """Give buffers their values back where the step is skipped."""
@@ -174,7 +181,7 @@ class Step:
         states = [player.state for player in self.players]
         outputs = []
         for i in range(len(s)):
-            scalars, scheduled = self._scalars(s[i])
+            scalars, scheduled = self.split_scalars(s[i])
             rows = [] if index is None else [index[i]]
             results = []
             for j, player in enumerate(self.players):
@@ -188,8 +195,10 @@ class Step:
                     params[k] = value
                 self._restore(before, skip)
                 results.append([loss, norm, skip, *metrics])
-            ema = [e + (1 - self.ema_decay) * (p - e) for e, p in zip(ema, params)]  # type: ignore[operator]
             outputs.append(self._summary(results))
+            if ema:
+                weight = self._ema_weight(outputs[-1][2])
+                ema = [e + weight * (p - e) for e, p in zip(ema, params)]
         new = [*params, *(t for state in states for part in state for t in part), *ema]
         for into, value in zip(self.mutable(), new):
             into.copy_(value)
@@ -287,8 +296,3 @@ class Step:
             return replay[0](*args)
 
         return run
-
-    def compiled(self, index: Tensor | None, s: Tensor) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
-        """Compile now and wait for it."""
-        graph, inputs = self.traced(index, s)
-        return self.bind(compile_graph(graph, inputs))
