@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..contracts import Batch
 from ..data.batches import key
@@ -21,7 +21,7 @@ from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_p
 from ..training.progress import Progress
 from .units import QUIET_SECONDS, Deal, Unit, device_of, opened, rows_of
 
-__all__ = ["UNIT_ROWS", "At", "importance_bound", "log_joint", "take"]
+__all__ = ["UNIT_ROWS", "At", "each", "importance_bound", "log_joint", "take"]
 
 UNIT_ROWS = 64
 """Most rows of a unit."""
@@ -160,12 +160,16 @@ def log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]
         with At(z):
             return _sum_rows(run_program(model, batch, double=True), batch_length(batch))
 
-    if not values:
-        return at({})[None]
+    return each(at, values) if values else at({})[None]
+
+
+def each(fn: Callable[[dict[str, Tensor]], Any], values: dict[str, Tensor]) -> Any:
+    """``fn`` at each draw of ``values`` ``(S, *shape)``, in one batched run where that can be."""
     try:
-        return torch.func.vmap(at)(values)
+        return torch.func.vmap(fn)(values)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
-        return torch.stack([at({n: v[i] for n, v in values.items()}) for i in range(len(next(iter(values.values()))))])
+        found = [tree_flatten(fn({n: v[i] for n, v in values.items()})) for i in range(len(next(iter(values.values()))))]
+        return tree_unflatten([torch.stack(leaves) for leaves in zip(*(flat for flat, _ in found))], found[0][1])
 
 
 def _sum_rows(terms: dict[str, Term], rows: int) -> Tensor:

@@ -86,9 +86,13 @@ class Unit:
         if compile != "eager" and seconds >= _CAPTURE_SECONDS:
             self._capture(fn, held, inputs, inputs if other is None else other, compile, seconds)
 
-    def __call__(self, noise: int, *inputs: Tensor) -> list[Tensor]:
-        """The function at these inputs, its noise keyed by ``noise``; inside ``keyed_rng``, which restores the state."""
-        seed_generators(noise, self._device)
+    def __call__(self, noise: int | None, *inputs: Tensor) -> list[Tensor]:
+        """The function at these inputs, its noise keyed by ``noise``; inside ``keyed_rng``, which restores the state.
+
+        None leaves the generators alone, for a function without noise.
+        """
+        if noise is not None:
+            seed_generators(noise, self._device)
         with torch.no_grad():
             return list(self._fn(*self._held, *inputs))
 
