@@ -1,5 +1,6 @@
 """The step's contract: players with losses of their own, scheduled scalars, state in buffers; the same in every tier."""
 
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,3 +160,72 @@ def test_a_skipped_step_leaves_batch_statistics_alone(tier):
         model.fit(X, steps=8, compile=tier, unroll=1, precision="float64", progress=False)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def regression(y):
+    """Ten times y's mean and its precision; conjugate, so that nothing is in doubt."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def gamma_guide(y):
+    shape = pyro.param("shape", torch.tensor(3.0), constraint=dist.constraints.positive)
+    pyro.sample("mean", dist.Gamma(shape, 1.0))
+
+
+Y = torch.linspace(-1.0, 2.0, 7)
+
+
+def native(steps=40, unroll=8, seed=0, **options):
+    pair = pgen.Pair(regression, **options)
+    run = pair.fit(Y, steps=steps, compile="compiled", unroll=unroll, seed=seed, optimizer=0.05, progress=False)
+    assert run.tier == "compiled"
+    return torch.cat([p.detach().reshape(-1) for p in pair.parameters()]), run
+
+
+@INDUCTOR
+def test_compiled_steps_run_natively_and_one_a_call_sees_the_programs_own_noise():
+    pair = pgen.Pair(regression)
+    eager = pair.fit(Y, steps=40, compile="eager", optimizer=0.05, progress=False)
+    run = native(unroll=1)[1]
+    assert run.tier_reason == ""
+    np.testing.assert_allclose(run.history["loss"], eager.history["loss"], rtol=1e-5)
+    assert not np.allclose(native(unroll=8)[1].history["loss"], eager.history["loss"])  # a key of its own
+
+
+@INDUCTOR
+def test_steps_that_share_a_call_do_not_care_where_calls_begin(monkeypatch):
+    together = native()
+    monkeypatch.setattr(sys.modules["pgen.training.fit"], "BLOCK_SECONDS", 0.0)  # one step a block
+    apart = native()
+    assert torch.equal(together[0], apart[0])
+    np.testing.assert_array_equal(together[1].history["loss"], apart[1].history["loss"])
+
+
+@INDUCTOR
+def test_noise_that_depends_on_parameters_is_drawn_step_by_step():
+    _, run = native(guide=gamma_guide)
+    assert "random numbers that depend on data" in run.tier_reason
+    pair = pgen.Pair(regression, gamma_guide)
+    eager = pair.fit(Y, steps=40, compile="eager", optimizer=0.05, progress=False)
+    np.testing.assert_allclose(run.history["loss"], eager.history["loss"], rtol=1e-4)
+
+
+@INDUCTOR
+def test_a_step_that_cannot_run_natively_is_called_from_python(monkeypatch):
+    whole = native(unroll=4)
+    monkeypatch.setattr("pgen.training.native._PRODUCTS", {})
+    monkeypatch.setattr("pgen.training.native._Recorder.kernel", lambda self, original: original)
+    called = native(unroll=4)
+    assert called[1].tier_reason == "one step a call, because no kernel of inductor's was seen"
+    assert torch.equal(whole[0], called[0])  # the same noise, the same kernels: the same bits
+
+
+@INDUCTOR
+def test_a_native_loop_that_gave_other_numbers_would_not_be_used(monkeypatch):
+    from pgen.training.native import NativeLoop
+
+    run_natively = NativeLoop.__call__
+    monkeypatch.setattr(NativeLoop, "__call__", lambda self, moving: [t + 1 for t in run_natively(self, moving)])
+    assert "its native loop gave other numbers" in native()[1].tier_reason

@@ -344,7 +344,7 @@ def test_the_two_spellings_of_an_update_agree(name):
     for t in range(20):
         grads = [torch.sin(here[0] * 3 + t)]
         skip = torch.tensor(t % 7 == 3)
-        s = torch.tensor(ours.scalars(t, 0.05), dtype=torch.float64)
+        s = torch.from_numpy(ours.scalars(np.array([t]), np.array([0.05]))[0])
         ours.update_(here, grads, state_here, s, skip)
         there, state_there = ours.update(there, grads, state_there, s, skip)
         torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)

@@ -30,7 +30,7 @@ from .interruption import Interruption, Stop
 from .optim import External, from_torch, internal
 from .progress import Progress
 from .schedule import Schedule, multiplier
-from .step import Player, Step, unchanged
+from .step import CompiledStep, Player, Step, unchanged
 
 __all__ = ["NonFinite", "Training", "augmented", "fit"]
 
@@ -44,12 +44,9 @@ COMPILE_WORTH_SECONDS = 10.0
 """A fit whose remaining graph time is shorter than this is not worth compiling."""
 CHECKPOINT_SECONDS = 10.0
 """Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
-UNROLL_SECONDS = 4e-4
-"""A graph step shorter than this is compiled with several steps in one call."""
-
-
-UNROLLED_NODES = 1500
-"""Operations of all unrolled steps together; what a compiler takes grows with them."""
+WORK_A_CALL = 20_000_000
+"""Parameters times rows of the steps that share a call: what the call itself costs is then little beside them."""
+MOST_STEPS_A_CALL = 64
 
 
 class NonFinite(FloatingPointError):
@@ -80,7 +77,7 @@ class Training:
         validate_every: Steps between validations; None for about 50 in all, never more often than once an epoch.
         max_nonfinite: Non-finite steps in a row before training stops.
         augment: A random function of each batch of x, drawn anew at every step: ``torch.bernoulli`` binarises grey images.
-        unroll: Steps in one compiled call; None to choose.
+        unroll: Most steps in one call of compiled code; they share the key of their noise. None to choose by size.
         checkpoint_every: Steps between checkpoints; None for one about every ten seconds, and rarer where writing one takes
             more than a twentieth of the time. The last state is always written, at Ctrl-C and SIGTERM too.
     """
@@ -199,10 +196,16 @@ def _kind_of_bits(training: Training) -> str:
     return "compiled" if training.compile in ("auto", "compiled") else "eager or graph"
 
 
+def _bernoulli(x: Tensor) -> Tensor:
+    """``torch.bernoulli`` from uniform numbers, which compiled steps can take as an input."""
+    return (torch.rand_like(x) < x).to(x.dtype)
+
+
 def augmented(batch: Batch, augment: Callable[[Tensor], Tensor] | None) -> Batch:
     """The batch with its first tensor (``"x"`` of a dict that has one) replaced by a random function of it."""
     if augment is None:
         return batch
+    augment = _bernoulli if augment is torch.bernoulli else augment
     if isinstance(batch, dict):
         name = "x" if "x" in batch else next(iter(batch))
         return {**batch, name: augment(batch[name])}
@@ -312,21 +315,28 @@ class _Loop:
         """Row indices of a step; None for all rows in order."""
         return None if self.full else self.batches.indices(step)
 
+    def indices(self, step: int, count: int) -> Tensor:
+        """Row indices of up to ``count`` steps with whole batches, all of one epoch, ``(steps, batch_size)``."""
+        position = step % len(self.batches)
+        last = min(position + count, len(self.batches))
+        rows = [self.index(step + i) for i in range(last - position)]
+        whole = [r for r in rows if r is not None and len(r) == self.batch_size]
+        return torch.stack(whole) if whole else torch.empty(0, self.batch_size, dtype=torch.int64)
+
     def scalars(self, start: int, count: int) -> Tensor:
         """What depends on the step alone, ``(count, scalars)``: each player's, then the scheduled ones."""
-        rows = [self._step_scalars(t) for t in range(start, start + count)]
-        return torch.tensor(rows, dtype=torch.float64).to(self.training.dtype).to(self.device)
-
-    def _step_scalars(self, t: int) -> list[float]:
-        row: list[float] = []
+        steps = np.arange(start, start + count)
+        columns = []
         for player, rate in zip(self.step.players, self.rates):
-            lr = player.optimizer.lr * rate(t)
-            row += [lr] if player.external else player.optimizer.scalars(t, lr)
-        return row + [float(schedule(t, self.total)) for schedule in self.schedules.values()]
+            lr = player.optimizer.lr * rate(steps)
+            columns.append(lr[:, None] if player.external else player.optimizer.scalars(steps, lr))
+        for schedule in self.schedules.values():
+            columns.append(np.array([[float(schedule(int(t), self.total))] for t in steps]))
+        return torch.from_numpy(np.concatenate(columns, 1)).to(self.training.dtype).to(self.device)
 
-    def learning_rate(self, t: int) -> float:
-        """The first player's learning rate at a step."""
-        return self.optimizer.lr * self.rates[0](t)
+    def learning_rates(self, steps: np.ndarray) -> np.ndarray:
+        """The first player's learning rate at some steps (from 0)."""
+        return self.optimizer.lr * self.rates[0](steps)
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 
@@ -368,40 +378,70 @@ class _Loop:
 
 
 class _Compilation:
-    """The compiled tier: unrolled steps in one call, made beside training or waited for."""
+    """The compiled tier, made beside training or waited for.
+
+    Where the noise of a step is an input, up to ``unroll`` steps share a call and the key of their noise: step t is row
+    t mod ``unroll`` of block t div ``unroll``, wherever calls begin and end.
+    """
 
     def __init__(self, loop: _Loop, step: int, unroll: int, wait: bool) -> None:
-        self.unroll = unroll
-        index = loop.index(step)
-        rows = None if index is None else torch.stack([index] * unroll)
-        scalars = loop.scalars(step, unroll)
         self._loop = loop
+        self._traced = loop.step.traced(loop.index(step), loop.scalars(step, 1)[0])
+        self.unroll = 1 if self._traced.noises is None else unroll
+        self._block, self._noise = -1, list[Tensor]()
+        self._step: CompiledStep | None = None
         self._work: BackgroundCompile | None = None
-        self.run: Callable[[Tensor | None, Tensor], list[Tensor]] | None = None
-        if wait:
-            try:
-                graph, inputs = loop.step.traced(rows, scalars)
-                with loop.interruption.cutting():
-                    compiled = compile_graph(graph, inputs)
-                self._take(loop.step.bind(compiled))
-            except CompileFailed as failure:
-                loop.reason = str(failure)
-        else:
-            self._work = BackgroundCompile(*loop.step.traced(rows, scalars))
+        if not wait:
+            self._work = BackgroundCompile(self._traced.graph, self._traced.inputs)
+            return
+        try:
+            with loop.interruption.cutting():
+                compiled = compile_graph(self._traced.graph, self._traced.inputs)
+            self._take(compiled)
+        except CompileFailed as failure:
+            loop.reason = str(failure)
 
-    def _take(self, run: Callable[[Tensor | None, Tensor], list[Tensor]]) -> None:
-        self.run = run
-        self._loop.tier, self._loop.reason = "compiled", ""
+    def _take(self, fn: Callable[..., Sequence[Tensor]]) -> None:
+        self._step = self._loop.step.bind(fn, self._traced)
+        self._loop.tier, self._loop.reason = "compiled", self._step.reason
 
     def poll(self) -> None:
         """Take the compiled step over if it is ready."""
         if self._work is None:
             return
-        fn = self._work.result()
+        fn, reason = self._work.result(), self._work.reason
+        if fn is not None or reason:
+            self._loop.reason, self._work = reason, None
         if fn is not None:
-            self._take(self._loop.step.bind(fn))
-        if fn is not None or self._work.reason:
-            self._loop.reason, self._work = self._work.reason, None
+            self._take(fn)
+
+    def run(self, step: int, limit: int, table: Tensor) -> tuple[int, list[Tensor]] | None:
+        """As many steps from ``step`` on as one call takes, at most ``limit``, with their outputs; None if there are none.
+
+        Args:
+            step: The first step.
+            limit: Most steps to take.
+            table: Scalars of the steps from ``step`` on.
+        """
+        loop, at = self._loop, step % self.unroll
+        if self._step is None:
+            return None
+        limit = limit if loop.feed is None else min(limit, loop.feed.span)
+        index = None if loop.full else loop.indices(step, min(limit, self.unroll - at))
+        count = min(limit, self.unroll - at) if index is None else len(index)
+        if count == 0:
+            return None
+        loop.load(step, count)
+        noise = [n[at : at + count] for n in self._noise_of(step // self.unroll)]
+        return count, self._step(index, table[:count], noise)
+
+    def _noise_of(self, block: int) -> list[Tensor]:
+        """The noise of a block of steps, and the generator seeded with its key."""
+        if block != self._block or not self._noise:
+            loop = self._loop
+            seed_generators(step_keys(loop.noise_key, block * self.unroll, 1)[0], loop.device)
+            self._block, self._noise = block, self._step.draw(self.unroll)  # type: ignore[union-attr]
+        return self._noise
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
@@ -643,8 +683,6 @@ class _Trainer:
                 self.loop.reason = f"{type(player.optimizer.optimizer).__name__} steps outside the graph"
                 return
         unroll = self.loop.training.unroll or self._unroll()
-        unroll = max(1, min(unroll, self.plan.batches if not self.loop.full else unroll, self.plan.steps))
-        unroll = unroll if self.loop.feed is None else min(unroll, self.loop.feed.span)
         try:
             self.compilation = _Compilation(self.loop, self.done, unroll, wait)
         except CaptureRefused as refusal:
@@ -653,10 +691,9 @@ class _Trainer:
             raise ValueError(f"compile='compiled' is not possible: {self.loop.reason}; compile='auto' takes the graph tier")
 
     def _unroll(self) -> int:
-        """Steps worth putting into one call: several where a step is all overhead, as long as the graph stays small."""
+        """Steps worth putting into one call: many where a step is all overhead. A rule of sizes, not of the clock."""
         work = sum(v.numel() for v in self.loop.step.values) * min(self.loop.batch_size, self.loop.num_data)
-        fast = not math.isnan(self.step_seconds) and self.step_seconds < UNROLL_SECONDS
-        return min(8, UNROLLED_NODES // self.loop.step.num_nodes()) if fast or work < 100_000 else 1
+        return max(1, min(MOST_STEPS_A_CALL, WORK_A_CALL // max(1, work)))
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -665,7 +702,7 @@ class _Trainer:
         self._improve()
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
         left = self.plan.steps - self.done
-        count = self._whole_calls(self._until_save(), min(left, until_validation) if self.validation is not None else left)
+        count = min(self._until_save(), left, until_validation if self.validation is not None else left)
         began = time.perf_counter()
         count, columns = self._run(count)
         host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
@@ -680,48 +717,36 @@ class _Trainer:
         every = self.loop.training.checkpoint_every
         return self.block if every is None or self.checkpoint is None else min(self.block, self.saved[0] + every - self.done)
 
-    def _whole_calls(self, block: int, limit: int) -> int:
-        """Steps of a block: up to ``limit``, and otherwise to a multiple of the unrolled steps, wherever the clock puts it."""
-        unroll = 1 if self.compilation is None else self.compilation.unroll
-        end = (self.done + max(block, unroll)) // unroll * unroll
-        return min(end - self.done, limit)
-
     def _run(self, count: int) -> tuple[int, list[list[Tensor]]]:
         """Up to ``count`` steps, fewer where a signal comes: how many, and their outputs."""
         loop, done = self.loop, self.done
         table = loop.scalars(done, count)
-        keys = step_keys(loop.noise_key, done, count)
         columns: list[list[Tensor]] = []
         i = 0
         while i < count and not (i and self.interruption.received):
-            index = loop.index(done + i)
-            seed_generators(keys[i], loop.device)
-            taken, out = self._call(index, table, i, count)
+            taken, out = self._call(done + i, count - i, table[i:])
             columns = columns or [[] for _ in out]
             for column, value in zip(columns, out):
                 column.append(value)
             i += taken
         return i, columns
 
-    def _call(self, index: Tensor | None, table: Tensor, i: int, count: int) -> tuple[int, list[Tensor]]:
+    def _call(self, step: int, limit: int, table: Tensor) -> tuple[int, list[Tensor]]:
         """One call of the tier at hand: the steps it took, and its outputs ``(steps,)``."""
-        loop, compiled = self.loop, self.compilation
-        u = 1 if compiled is None else compiled.unroll
-        if compiled is not None and compiled.run is not None and i + u <= count and (self.done + i) % u == 0:
-            if index is None:
-                return u, compiled.run(None, table[i : i + u])
-            rows = [index] if u == 1 else [loop.batches.indices(self.done + j) for j in range(i, i + u)]
-            if all(len(r) == loop.batch_size for r in rows):
-                loop.load(self.done + i, u)
-                return u, compiled.run(torch.stack(rows), table[i : i + u])
-        loop.load(self.done + i, 1)
-        out = loop.runner(index, self.done + i)(index, table[i])
-        return 1, [o.reshape(1) for o in out]
+        loop = self.loop
+        several = None if self.compilation is None else self.compilation.run(step, limit, table)
+        if several is not None:
+            return several
+        index = loop.index(step)
+        loop.load(step, 1)
+        runner = loop.runner(index, step)
+        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
+        return 1, [o.reshape(1) for o in runner(index, table[0])]
 
     def _record(self, count: int, host: np.ndarray, seconds: float) -> None:
         loss, norm, skip = host[0], host[1], host[2] > 0.5
         steps = np.arange(self.done + 1, self.done + count + 1)
-        lr = np.array([self.loop.learning_rate(int(t) - 1) for t in steps])
+        lr = self.loop.learning_rates(steps - 1)
         metrics = dict(zip(self.loop.step.metric_names, host[3:]))
         epoch = steps / self.plan.batches
         self.log.add(step=steps, epoch=epoch, loss=loss, grad_norm=norm, lr=lr, seconds=np.full(count, seconds), **metrics)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class Optimizer(Protocol):
     def init(self, params: Sequence[Tensor]) -> State:
         """State at the start, lists of tensors like the parameters."""
 
-    def scalars(self, step: int, lr: float) -> tuple[float, ...]:
-        """What depends on the step (from 0) alone."""
+    def scalars(self, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
+        """What depends on the step (from 0) alone, ``(len(steps), scalars)``."""
 
     def update_(self, params: list[Tensor], grads: list[Tensor], state: State, s: Tensor, skip: Tensor) -> None:
         """One step in place."""
@@ -74,10 +75,11 @@ class Adam:
         """First and second moments, zero."""
         return [[torch.zeros_like(p) for p in params] for _ in range(2)]
 
-    def scalars(self, step: int, lr: float) -> tuple[float, ...]:
-        """lr, step (from 1), and the two bias corrections."""
+    def scalars(self, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
+        r"""lr, step (from 1), :math:`\eta / (1 - \beta_1^t)` and :math:`(1 - \beta_2^t)^{-1/2}`."""
+        t = steps + 1.0
         b1, b2 = self.betas
-        return lr, step + 1.0, 1 - b1 ** (step + 1), math.sqrt(1 - b2 ** (step + 1))
+        return np.stack([lr, t, lr / (1 - b1**t), 1 / np.sqrt(1 - b2**t)], 1)
 
     def update_(self, params: list[Tensor], grads: list[Tensor], state: State, s: Tensor, skip: Tensor) -> None:
         """In place, by torch's fused kernel."""
@@ -96,11 +98,11 @@ class Adam:
         b1, b2 = self.betas
         new: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for p, g, m, v in zip(params, grads, *state):
-            lr, c1, c2 = (s[i].to(p.dtype) for i in (0, 2, 3))
+            lr, rate, root = (s[i].to(p.dtype) for i in (0, 2, 3))
             m1 = m + (1 - b1) * (g - m)
             v1 = b2 * v + (1 - b2) * (g * g)
             p1 = p - p * (lr * self.weight_decay) if self.weight_decay else p
-            p1 = p1 - (lr / c1) * (m1 / (v1.sqrt() / c2 + self.eps))
+            p1 = p1 - rate * (m1 / (v1.sqrt() * root + self.eps))
             for into, old, value in zip(new, (p, m, v), (p1, m1, v1)):
                 into.append(torch.where(skip, old, value))
         return new[0], [new[1], new[2]]
@@ -132,9 +134,9 @@ class SGD:
         """Momentum buffers, zero; none without momentum."""
         return [[torch.zeros_like(p) for p in params]] if self.momentum else []
 
-    def scalars(self, step: int, lr: float) -> tuple[float, ...]:
+    def scalars(self, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
         """The step size."""
-        return (lr,)
+        return lr[:, None]
 
     def update_(self, params: list[Tensor], grads: list[Tensor], state: State, s: Tensor, skip: Tensor) -> None:
         """In place."""

@@ -2,21 +2,21 @@ r"""Learning-rate schedules: functions of the global step, so that a resumed run
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..contracts import check_choice
 
 __all__ = ["TorchSchedule", "multiplier"]
 
-_NAMED: dict[str, Callable[[float], float]] = {
-    "constant": lambda t: 1.0,
+_NAMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "constant": np.ones_like,
     "linear": lambda t: 1.0 - t,
-    "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
+    "cosine": lambda t: 0.5 * (1.0 + np.cos(np.pi * t)),
     "decay": lambda t: 0.01**t,
 }
 
@@ -45,8 +45,8 @@ class TorchSchedule:
 Schedule = str | Callable[[int], float] | TorchSchedule | None
 
 
-def multiplier(schedule: Schedule, lr: float, total: int) -> Callable[[int], float]:
-    """The factor of the learning rate as a function of the step (from 0).
+def multiplier(schedule: Schedule, lr: float, total: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The factor of the learning rate as a function of steps (from 0).
 
     Args:
         schedule: None or ``"constant"``, ``"linear"`` (to 0), ``"cosine"`` (to 0), ``"decay"`` (exponential, to 1 %), a
@@ -55,10 +55,10 @@ def multiplier(schedule: Schedule, lr: float, total: int) -> Callable[[int], flo
         total: Steps in all.
     """
     if isinstance(schedule, TorchSchedule):
-        return schedule.table(lr, total).__getitem__
+        return np.array(schedule.table(lr, total)).__getitem__
     if callable(schedule):
-        return schedule
+        return lambda steps: np.array([schedule(int(t)) for t in steps], dtype=np.float64)
     name = "constant" if schedule is None else schedule
     check_choice("schedule", name, tuple(_NAMED))
     curve = _NAMED[name]
-    return lambda step: curve(step / total)
+    return lambda steps: curve(steps / total)

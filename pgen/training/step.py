@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from ..programs import seed_generators
 from .capture import CudaReplay, capture, retrace
+from .native import NativeLoop, NotNative
+from .noise import Noise, hoist_noise
 from .optim import External
 
-__all__ = ["Player", "Step", "unchanged"]
+__all__ = ["CompiledStep", "Player", "Step", "Traced", "unchanged"]
 
 LossFunction = Callable[[list[Tensor], Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 """From data leaves, row indices (None for all rows in order) and scheduled scalars to the loss and metrics."""
@@ -55,7 +58,7 @@ class Player:
         self.values = [p.detach() for p in self.params]  # the same storage, outside autograd
         self.external = isinstance(self.optimizer, External)
         self.state = [] if self.external else self.optimizer.init(self.values)
-        self.num_scalars = 1 if self.external else len(self.optimizer.scalars(0, 1.0))
+        self.num_scalars = 1 if self.external else self.optimizer.scalars(np.zeros(1), np.ones(1)).shape[1]
         self.metric_names: list[str] = []
 
     def loss_and_grads(self, leaves: list[Tensor], index: Tensor | None, scheduled: Tensor | None) -> list[Tensor]:
@@ -176,33 +179,26 @@ class Step:
         return [loss, norm, skip, *(t for r in results for t in (r[0], *r[3:]))]
 
     def _functional(self, length: int, index: Tensor | None, s: Tensor) -> list[Tensor]:
-        """The same as plain arithmetic on new tensors, over ``len(s)`` steps, written back at the end."""
-        params, ema = list(self.values), self.ema
-        states = [player.state for player in self.players]
-        outputs = []
-        for i in range(len(s)):
-            scalars, scheduled = self.split_scalars(s[i])
-            rows = [] if index is None else [index[i]]
-            results = []
-            for j, player in enumerate(self.players):
-                before = [b.clone() for b in self._changing]
-                inputs = [*params, *self.buffers, *self.leaves, *rows, *([] if scheduled is None else [scheduled])]
-                loss, metrics, grads = player.split(self._graphs[j, length](*inputs))
-                grads, norm, skip = self._clip(loss, grads)
-                own = [params[k] for k in self._own[j]]
-                own, states[j] = player.optimizer.update(own, grads, states[j], scalars[j], skip)
-                for k, value in zip(self._own[j], own):
-                    params[k] = value
-                self._restore(before, skip)
-                results.append([loss, norm, skip, *metrics])
-            outputs.append(self._summary(results))
-            if ema:
-                weight = self._ema_weight(outputs[-1][2])
-                ema = [e + weight * (p - e) for e, p in zip(ema, params)]
-        new = [*params, *(t for state in states for part in state for t in part), *ema]
-        for into, value in zip(self.mutable(), new):
+        """The same as plain arithmetic on new tensors, written back at the end."""
+        params, states, results = list(self.values), [], []
+        scalars, scheduled = self.split_scalars(s)
+        rows = [] if index is None else [index]
+        for j, player in enumerate(self.players):
+            before = [b.clone() for b in self._changing]
+            inputs = [*params, *self.buffers, *self.leaves, *rows, *([] if scheduled is None else [scheduled])]
+            loss, metrics, grads = player.split(self._graphs[j, length](*inputs))
+            grads, norm, skip = self._clip(loss, grads)
+            own, state = player.optimizer.update([params[k] for k in self._own[j]], grads, player.state, scalars[j], skip)
+            for k, value in zip(self._own[j], own):
+                params[k] = value
+            self._restore(before, skip)
+            states += [t for part in state for t in part]
+            results.append([loss, norm, skip, *metrics])
+        summary = self._summary(results)
+        ema = [e + self._ema_weight(summary[2]) * (p - e) for e, p in zip(self.ema, params)]
+        for into, value in zip(self.mutable(), [*params, *states, *ema]):
             into.copy_(value)
-        return [torch.stack(column) for column in zip(*outputs)]
+        return summary
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 
@@ -249,50 +245,105 @@ class Step:
         self._changing = [self.buffers[i] for i in sorted(self._changed)]
         return graph
 
-    def num_nodes(self) -> int:
-        """Operations of the captured loss and gradient."""
-        lengths = {length for _, length in self._graphs}
-        sizes = [sum(len(g.graph.nodes) for (_, n), g in self._graphs.items() if n == length) for length in lengths]
-        return max(sizes, default=1)
-
-    def compiled_inputs(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
-        """Inputs of the compiled step, in order; ``index`` ``(U, B)`` and ``s`` ``(U, scalars)`` for U unrolled steps."""
-        return [*self.mutable(), *self.leaves, *([] if index is None else [index]), s]
-
     def mutable(self) -> list[Tensor]:
         """Everything that a step may change."""
         return [*self.values, *(t for p in self.players for part in p.state for t in part), *self.ema, *self.buffers]
 
-    def traced(self, index: Tensor | None, s: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
-        """The whole step (or U of them) as one graph and its inputs, ready to compile. Changes nothing."""
-        length = -1 if index is None else index.shape[-1]
-        inputs = self.compiled_inputs(index, s)
+    def traced(self, index: Tensor | None, s: Tensor) -> Traced:
+        """The whole step as one graph, ready to compile, from one step's rows and scalars. Changes nothing."""
+        length = -1 if index is None else len(index)
+        inputs = [*self.mutable(), *self.leaves, *([] if index is None else [index]), s]
 
         def fn(*args: Tensor) -> list[Tensor]:
             return self._functional(length, index, s)
 
         with torch.no_grad(), unchanged(self.mutable()):
-            return retrace(fn, inputs), inputs
+            graph = retrace(fn, inputs)
+        hoisted = hoist_noise(graph)
+        if hoisted is None:
+            return Traced(graph, inputs, None)
+        graph, noises = hoisted
+        return Traced(graph, [*inputs, *(noise.draw(1)[0] for noise in noises)], noises)
 
-    def bind(self, fn: Callable[..., Sequence[Tensor]]) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
-        """A compiled function as a step of (index, scalars)."""
-        fixed = self.compiled_inputs(None, torch.zeros(()))[:-1]
-        if self.params[0].is_cuda:
-            fn = self._replayed(fn, len(fixed))
+    def bind(self, fn: Callable[..., Sequence[Tensor]], traced: Traced) -> CompiledStep:
+        """Compiled code as steps."""
+        fixed = [*self.mutable(), *self.leaves]
+        with torch.no_grad(), unchanged(self.mutable()):
+            return CompiledStep(fn, fixed, traced.inputs[len(fixed) :], traced.noises, len(self.mutable()))
 
-        def run(index: Tensor | None, s: Tensor) -> list[Tensor]:
-            return list(fn(*fixed, s) if index is None else fn(*fixed, index, s))
 
-        return run
+@dataclass(frozen=True)
+class Traced:
+    """A step ready to compile.
 
-    def _replayed(self, fn: Callable[..., Sequence[Tensor]], num_fixed: int) -> Callable[..., Sequence[Tensor]]:
-        """``fn`` as a CUDA graph, captured at the first call; the warm-up's updates are undone."""
-        replay: list[CudaReplay] = []
+    Attributes:
+        graph: From ``inputs`` to the step's outputs; changes the first inputs in place.
+        inputs: What the step changes, the data, the rows (unless all), the scalars, and the noise.
+        noises: How the noise is drawn; None where the step draws its own.
+    """
 
-        def run(*args: Tensor) -> Sequence[Tensor]:
-            if not replay:
-                with unchanged(self.mutable()):
-                    replay.append(CudaReplay(fn, args, range(num_fixed, len(args))))
-            return replay[0](*args)
+    graph: fx.GraphModule
+    inputs: list[Tensor]
+    noises: list[Noise] | None
 
-        return run
+
+class CompiledStep:
+    """Compiled code as steps: many to a call in a native loop where that is possible, else one by one.
+
+    Args:
+        fn: The compiled function.
+        fixed: Its first inputs, which stay where they are.
+        moving: Examples of the others.
+        noises: How the noise among them is drawn; None where the code draws its own.
+        num_mutable: How many of the first inputs a step changes.
+
+    Attributes:
+        reason: Why steps are called one by one; empty where they are not.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        fixed: list[Tensor],
+        moving: list[Tensor],
+        noises: list[Noise] | None,
+        num_mutable: int,
+    ) -> None:
+        self.noises, self.reason = noises, ""
+        self._fixed = fixed
+        self._fn: Callable[..., Sequence[Tensor]] = fn
+        self._native: NativeLoop | None = None
+        if fixed[0].is_cuda:
+            self._fn = CudaReplay(fn, [*fixed, *moving], range(len(fixed), len(fixed) + len(moving)))
+        elif noises is None:
+            self.reason = "one step a call, because the program draws random numbers that depend on data"
+        else:
+            try:
+                self._native = self._checked(moving, fixed[:num_mutable])
+            except NotNative as refusal:
+                self.reason = f"one step a call, because {refusal}"
+
+    def _checked(self, moving: list[Tensor], mutable: list[Tensor]) -> NativeLoop:
+        """The native loop, once it has given the bits of the function that it repeats."""
+        inputs = [*self._fixed, *moving]
+        native = NativeLoop(self._fn, inputs, len(moving))
+        with unchanged(mutable):
+            expected = [t.clone() for t in (*self._fn(*inputs), *mutable)]
+        with unchanged(mutable):
+            found = [*native([m[None] for m in moving]), *mutable]
+            same = all(torch.equal(a.nan_to_num(), b.reshape(a.shape).nan_to_num()) for a, b in zip(expected, found))
+        if not same:
+            raise NotNative("its native loop gave other numbers")
+        return native
+
+    def draw(self, steps: int) -> list[Tensor]:
+        """Noise of so many steps, ``(steps, *shape)`` each, from the default generator."""
+        return [noise.draw(steps) for noise in self.noises or ()]
+
+    def __call__(self, index: Tensor | None, s: Tensor, noise: list[Tensor]) -> list[Tensor]:
+        """As many steps as ``s`` has rows, with their row indices ``(steps, B)`` and noise; outputs ``(steps,)``."""
+        moving = [*([] if index is None else [index]), s, *noise]
+        if self._native is not None:
+            return self._native(moving)
+        outputs = [self._fn(*self._fixed, *(m[i] for m in moving)) for i in range(len(s))]
+        return [torch.stack(column) for column in zip(*outputs)]
