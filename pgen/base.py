@@ -350,7 +350,7 @@ def _training(training: Training | None, options: dict[str, Any]) -> Training:
 
 
 def _one_line(error: Exception) -> ValueError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(", but found invalid values:")[0]
     if "Shape mismatch inside plate" in text:
         text += "; check the sizes of the plates against the data"
     return ValueError(text[:400])
