@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import pyro
 import torch
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .contracts import Batch, Draws, nearest
+from .enumeration import Marginal, enumerating, is_finite, marginals
 
 __all__ = [
     "DATA_PLATE",
@@ -48,6 +50,7 @@ __all__ = [
     "localize",
     "rows_at",
     "run_latents",
+    "run_model",
     "run_pair",
     "run_program",
     "vectorize",
@@ -317,13 +320,13 @@ class Traces:
         return {name: term for name, term in self.model.items() if term.observed}
 
 
-def _term(site: dict[str, Any], double: bool) -> Term:
+def _term(site: dict[str, Any], double: bool, masked: bool = True) -> Term:
     fn, value = site["fn"], site["value"]
     if type(fn) is pyro.distributions.Delta and site["infer"].get("is_change_of_variables", False):
         log_prob = fn.log_density  # at its own point, which is where it was drawn
     else:
         log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
-    log_prob = scale_and_mask(log_prob.double() if double else log_prob, mask=site["mask"])
+    log_prob = scale_and_mask(log_prob.double() if double else log_prob, mask=site["mask"] if masked else None)
     plates = tuple((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
     auxiliary = bool(site["infer"].get("is_auxiliary", False))
     return Term(site["name"], value, fn, log_prob, site["scale"], plates, bool(site["is_observed"]), auxiliary, site["mask"])
@@ -341,6 +344,48 @@ def _sites(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _terms(trace: poutine.Trace, double: bool) -> dict[str, Term]:
     return {name: _term(site, double) for name, site in _sites(trace)}
+
+
+def _model_terms(trace: poutine.Trace, double: bool) -> dict[str, Term]:
+    """Terms of a model that ran inside ``enumerating``: latents summed out, what depends on them in one marginal term."""
+    terms = {name: _term(site, double, masked="_enumerate_dim" not in site["infer"]) for name, site in _sites(trace)}
+    for marginal in marginals(trace, {name: term.log_prob for name, term in terms.items()}):
+        sites = [terms.pop(name) for name in marginal.sites]
+        terms |= {term.name: term for term in _remaining(marginal, sites)}
+    return terms
+
+
+def _remaining(marginal: Marginal, sites: list[Term]) -> Iterator[Term]:
+    """The marginal under the name of what was observed (else of a latent), and latents without a density of their own."""
+    observed = [site for site in sites if site.observed]
+    latents = [site for site in sites if not site.observed and not is_finite(site.fn)]
+    if len(observed) > 1:
+        names = [site.name for site in observed]
+        name = "+".join(names) if len(names) < 4 else f"{names[0]}+...+{names[-1]}"
+        size = sum(math.prod(site.fn.event_shape) for site in observed)
+        several = _Several(torch.Size([size]), {site.name: site.value for site in observed})
+        observed = [replace(observed[0], name=name, fn=several, auxiliary=False)]
+    for site in (observed + latents)[:1]:
+        yield replace(site, log_prob=marginal.log_prob, plates=marginal.plates, scale=marginal.scale, mask=None)
+    for site in (observed + latents)[1:]:
+        shape = site.value.shape[: site.value.dim() - site.fn.event_dim]
+        yield replace(site, log_prob=marginal.log_prob.new_zeros(shape), mask=None)
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Stands for the distributions of several observed sites."""
+
+    event_shape: torch.Size
+    values: dict[str, Any]
+
+
+def _observed(terms: dict[str, Term]) -> dict[str, Any]:
+    """Value of each observed site, those behind a common marginal included."""
+    found: dict[str, Any] = {}
+    for name, term in terms.items():
+        found |= term.fn.values if isinstance(term.fn, _Several) else {name: term.value}
+    return found
 
 
 def _subsampled(trace: poutine.Trace) -> bool:
@@ -364,7 +409,8 @@ def run_pair(
         hold: Whether the guide's log-densities hold its parameters constant; see ``held``.
     """
     guide_trace = _trace(guide, batch)
-    with ReplayMessenger(trace=guide_trace):  # not poutine.replay(model): its wrapper takes a keyword `context` for its own
+    # not poutine.replay(model): its wrapper takes a keyword `context` for its own
+    with ReplayMessenger(trace=guide_trace), enumerating(guide_trace.nodes):
         model_trace = _trace(model, batch)
     return _traces(model_trace, guide_trace, double, held(guide, batch, _values(guide_trace), double=double) if hold else None)
 
@@ -376,7 +422,7 @@ def _traces(
     if guide is None:
         guide = {name: scored[name] if name in scored else _term(site, double) for name, site in _sites(guide_trace)}
     proposals = {name: site["fn"] for name, site in _sites(guide_trace)}
-    return Traces(_terms(model_trace, double), guide, _subsampled(model_trace), scored, proposals)
+    return Traces(_model_terms(model_trace, double), guide, _subsampled(model_trace), scored, proposals)
 
 
 def _trace(program: Callable[..., Any], batch: Batch) -> poutine.Trace:
@@ -403,6 +449,16 @@ def held(guide: Callable[..., Any], batch: Batch, values: dict[str, Any], *, dou
     """
     with _Held(), _Again(values):
         return _terms(_trace(guide, batch), double)
+
+
+class Given(Protocol):
+    """A handler that gives sample sites the values that it holds by name."""
+
+    values: dict[str, Any]
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *args: Any) -> Any: ...
 
 
 class _Again(Messenger):
@@ -455,9 +511,16 @@ def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = Fal
     return _terms(_trace(program, batch), double)
 
 
+def run_model(model: Callable[..., Any], batch: Batch, given: Given, *, double: bool = False) -> dict[str, Term]:
+    """Run a model at given values, other discrete latents summed out; inside ``isolated``."""
+    with given, enumerating(given.values):
+        return _model_terms(_trace(model, batch), double)
+
+
 def run_latents(model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
-    """Run the model and describe its latent sites alone; inside ``isolated``."""
-    return {name: _term(s, False) for name, s in _sites(_trace(model, batch)) if not s["is_observed"]}
+    """Run the model and describe the latent sites that need a guide, which are not summed out; inside ``isolated``."""
+    sites = _sites(_trace(model, batch))
+    return {name: _term(s, False) for name, s in sites if not s["is_observed"] and not is_finite(s["fn"])}
 
 
 def _args(batch: Batch) -> tuple[Any, ...]:
@@ -563,7 +626,7 @@ def draw(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, num
         log_q_rows=_in_plate(out["q"], traces.guide, like=_in_plate(out["p"], traces.model)),
         log_likelihood={name: value.detach() for name, value in out["likelihood"].items()},
         likelihood_dims=likelihood_dims,
-        observed={name: term.value for name, term in traces.likelihoods.items()},
+        observed=_observed(traces.likelihoods),
         has_global=any(not t.local for t in latents.values()),
         has_local=any(t.local for t in latents.values()),
         subsampled=traces.subsampled,
@@ -612,24 +675,51 @@ def check_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batc
     guide_trace = _trace(guide, batch)
     with ReplayMessenger(trace=guide_trace):
         model_trace = _trace(model, batch)
-    _check_sites(model_trace, guide_trace)
+    summed = _check_sites(model_trace, guide_trace)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in trace.nodes.values():
             if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False):
                 _check_site(program, site, batch_length(batch), num_data)
+    _check_sums(summed, batch_length(batch), num_data)
     with pyro.validation_enabled(False):
-        return _traces(model_trace, guide_trace)
+        return _traces(_enumerated(model, guide_trace, batch, list(summed)) if summed else model_trace, guide_trace)
 
 
-def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+def _enumerated(model: Callable[..., Any], guide_trace: poutine.Trace, batch: Batch, names: list[str]) -> poutine.Trace:
+    """The model at all values of the latents that the guide leaves out."""
+    try:
+        with ReplayMessenger(trace=guide_trace), enumerating(guide_trace.nodes):
+            return _trace(model, batch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"the model cannot be run at all values of {names[0]!r} at once, along an axis to the left of the plates "
+            f"({' '.join(str(error).split())[:120]}): write what depends on it with broadcasting, or put the site into the "
+            f"guide, where infer={{'enumerate': 'parallel'}} runs the programs at one value at a time"
+        ) from error
+
+
+def _check_sums(summed: dict[str, Any], rows: int, num_data: int) -> None:
+    for name, site in summed.items():
+        local = any(f.name == DATA_PLATE for f in site["cond_indep_stack"])
+        if not local and 0 < rows < num_data:
+            raise ValueError(
+                f'the discrete latent {name!r} lies outside the plate "{DATA_PLATE}", so the sum over its values needs all '
+                f"{num_data} data in each step (batch of {rows}): drop batch_size, or put it into the guide"
+            )
+
+
+def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> dict[str, Any]:
+    """The latents that are to be summed out: discrete, and left out of the guide."""
+
     def sampled(trace: poutine.Trace) -> dict[str, Any]:
         sites = trace.nodes.values()
         return {s["name"]: s for s in sites if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
 
     latents, proposals = sampled(model_trace), sampled(guide_trace)
     for name, site in latents.items():
-        if name not in proposals:
-            kind = " (it is discrete, and enumeration is not offered here)" if site["fn"].has_enumerate_support else ""
+        if name not in proposals and not is_finite(site["fn"]):
+            endless = site["fn"].support.is_discrete
+            kind = " (it is discrete with endlessly many values, so it cannot be summed out)" if endless else ""
             stray = next((n for n in proposals if n not in model_trace.nodes), None)
             instead = "" if stray is None else f" (it samples {stray!r}, which the model does not)"
             raise ValueError(
@@ -641,6 +731,7 @@ def _check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
             raise ValueError(f"the guide samples {name!r}, which is no site of the model{nearest(name, list(latents))}")
         if name in model_trace.nodes and model_trace.nodes[name]["is_observed"]:
             raise ValueError(f"the guide samples {name!r}, which the model observes; remove it from the guide")
+    return {name: site for name, site in latents.items() if name not in proposals}
 
 
 def _check_site(program: str, site: dict[str, Any], rows: int, num_data: int) -> None:

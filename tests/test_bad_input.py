@@ -336,7 +336,7 @@ def test_a_guide_that_samples_what_is_observed():
 def test_a_discrete_latent_without_a_guide_site():
     def model(y):
         with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Poisson(torch.tensor(3.0)).expand([len(y)]))
             pyro.sample("y", dist.Normal(z, pyro.param("sd", torch.tensor(1.0))), obs=y)
 
     with refused("lacks the latent 'z' .it is discrete"):

@@ -256,20 +256,14 @@ def test_a_program_without_a_data_plate(guide):
     assert float(mu.std()) == pytest.approx(math.sqrt(variance), rel=0.08)
 
 
-def test_a_discrete_latent_is_refused_by_name():
-    def coin(y):
-        z = pyro.sample("z", dist.Bernoulli(0.5))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
+def test_a_discrete_latent_without_end_is_refused_by_name():
     def count(y):
         z = pyro.sample("z", dist.Poisson(3.0))
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    for model in (coin, count):
-        with pytest.raises(ValueError, match=r"latent 'z' is discrete \(\w+\)"):
-            pgen.Pair(model).fit(torch.zeros(3), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"latent 'z' is discrete \(Poisson\)"):
+        pgen.Pair(count).fit(torch.zeros(3), steps=1, progress=False)
 
 
 def test_guide_names_are_checked():

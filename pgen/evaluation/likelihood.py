@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..contracts import Batch
 from ..data.batches import key
-from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, vectorize
+from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_model, run_program, vectorize
 from ..training.progress import Progress
 from .units import QUIET_SECONDS, Deal, Unit, device_of, opened, rows_of
 
@@ -157,8 +157,7 @@ def log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]
     """log p(x, z) for each draw and row, at given draws of z."""
 
     def at(z: dict[str, Tensor]) -> Tensor:
-        with At(z):
-            return _sum_rows(run_program(model, batch, double=True), batch_length(batch))
+        return _sum_rows(run_model(model, batch, At(z), double=True), batch_length(batch))
 
     return each(at, values) if values else at({})[None]
 

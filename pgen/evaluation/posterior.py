@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..contracts import Batch, Draws
 from ..data.batches import key
+from ..enumeration import is_finite
 from ..programs import batch_length, call, draw, keyed_rng, rows_at, vectorize
 from ..training.progress import Progress
 from .units import QUIET_SECONDS, Deal, Unit, device_of, opened, rows_of
@@ -167,8 +168,14 @@ def _replicate(model: Callable[..., Any], guide: Callable[..., Any], batch: Batc
     with UnconditionMessenger(), ReplayMessenger(trace=trace), poutine.trace() as replayed:
         call(model, batch)
     known = {*trace.nodes, *local}
-    sites = replayed.trace.nodes.items()
-    return {name: s["value"] for name, s in sites if s["type"] == "sample" and name not in known and _is_data(s)}
+    sites = {n: s for n, s in replayed.trace.nodes.items() if s["type"] == "sample" and n not in known and _is_data(s)}
+    observed = any(s["infer"].get("was_observed") for s in sites.values())
+    return {name: s["value"] for name, s in sites.items() if not (observed and _is_summed(s))}
+
+
+def _is_summed(site: Any) -> bool:
+    """Whether a site is a latent that inference sums out, where the data are given."""
+    return is_finite(site["fn"]) and not site["infer"].get("was_observed")
 
 
 def _is_data(site: Any) -> bool:
