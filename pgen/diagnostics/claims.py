@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["CLAIMS", "STATUSES", "Claim", "Evidence", "Limits", "Status", "judge", "overall", "parameter_table"]
+__all__ = [
+    "CLAIMS", "STATUSES", "Claim", "Evidence", "Limits", "Status", "judge", "overall", "parameter_table", "predictive_verdict",
+]  # fmt: skip
 
 Status: TypeAlias = Literal["supported", "contradicted", "undecided", "not_measured"]
 STATUSES: tuple[Status, ...] = ("supported", "contradicted", "undecided", "not_measured")
@@ -535,16 +537,8 @@ def _reproduces(evidence: Evidence) -> Claim:
     check = ppc(evidence.tree)
     ppp, draws = check.ppp.to_numpy().reshape(-1), check.sizes["draw"]
     names = [f"{statistic} of {site}" for site in check.site.values for statistic in check.statistic.values]
-    intervals = np.array([_binomial_interval(round(p * draws), draws) for p in ppp])
-    # the largest and smallest two-sided p-values within Monte Carlo error, times the comparisons (Holm's first step)
-    reach = 2 * np.minimum(intervals[:, 1], 1 - intervals[:, 0]) * len(ppp)
-    near = 2 * np.minimum(intervals[:, 0], 1 - intervals[:, 1]) * len(ppp)
     limit = evidence.limits.ppp
-    status: Status = "undecided"
-    if (reach < limit).any():
-        status = "contradicted"
-    elif (near > limit).all():
-        status = "supported"
+    status, intervals = predictive_verdict(ppp, draws, limit)
     worst = int(np.argmin(np.minimum(ppp, 1 - ppp)))
     edge = limit / (2 * len(ppp))
     return Claim(
@@ -558,6 +552,20 @@ def _reproduces(evidence: Evidence) -> Claim:
         n=draws,
         explanation=_ppc_words(status, len(ppp), check, evidence.draws),
     )
+
+
+def predictive_verdict(ppp: np.ndarray, draws: int, limit: float) -> tuple[Status, np.ndarray]:
+    """Whether p-values from ``draws`` replicates decide claim 8, and their 95 % Monte Carlo intervals ``(comparisons, 2)``."""
+    intervals = np.array([_binomial_interval(round(p * draws), draws) for p in ppp])
+    # the largest and smallest two-sided p-values within Monte Carlo error, times the comparisons (Holm's first step)
+    reach = 2 * np.minimum(intervals[:, 1], 1 - intervals[:, 0]) * len(ppp)
+    near = 2 * np.minimum(intervals[:, 0], 1 - intervals[:, 1]) * len(ppp)
+    status: Status = "undecided"
+    if (reach < limit).any():
+        status = "contradicted"
+    elif (near > limit).all():
+        status = "supported"
+    return status, intervals
 
 
 def _ppc_words(status: Status, comparisons: int, check: xr.Dataset, draws: Draws | None) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgen.contracts import check_choice, check_positive
+from pgen.contracts import Seed, as_seed, check_choice, check_positive
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -165,7 +165,7 @@ def posterior_error(idata: Any, var_names: Sequence[str] | str | None = None) ->
     return _summarise(idata, var_names, _ERROR_STATISTICS, masked=True)
 
 
-def importance_resample(idata: Any, num_samples: int, *, replace: bool = False, seed: int = 0) -> xr.DataTree:
+def importance_resample(idata: Any, num_samples: int, *, replace: bool = False, seed: Seed = 0) -> xr.DataTree:
     """Draws resampled in proportion to the smoothed weights: plain draws that stand for the posterior.
 
     Without replacement no draw appears twice, which is slightly biased towards q: keep ``num_samples`` well below the
@@ -185,7 +185,7 @@ def importance_resample(idata: Any, num_samples: int, *, replace: bool = False, 
     if "heavy" in status:
         limit = float(fitted.good_k)
         warnings.warn(f"k-hat {float(fitted.khat.max()):.2f} is not below {limit:.2f}: resampling is unreliable", stacklevel=2)
-    index = _resample_index(fitted.log_weight_smoothed, num_samples, replace, np.random.default_rng(seed))
+    index = _resample_index(fitted.log_weight_smoothed, num_samples, replace, np.random.default_rng(as_seed(seed)))
     groups = {name: _take_draws(idata[name].to_dataset(), index) for name in ("posterior", "log_likelihood") if name in idata}
     kept = {name: idata[name].to_dataset() for name in ("observed_data", "svi_history") if name in idata}
     tree = xr.DataTree.from_dict({**groups, **kept})

@@ -16,7 +16,7 @@ from pgen.contracts import check_choice
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["ppc"]
+__all__ = ["p_values", "ppc"]
 
 Statistic = Callable[..., Any]
 
@@ -53,10 +53,8 @@ def ppc(idata: Any, statistics: Sequence[str] | Mapping[str, Statistic] = ("mean
     sites = [str(name) for name in idata["observed_data"].data_vars if name in idata["posterior_predictive"].data_vars]
     if not sites:
         raise ValueError("`idata` has no observed site with posterior predictive draws")
-    pairs = [_pair(idata, site) for site in sites]
-    observed = np.array([[f(x, axis=0) for f in functions.values()] for x, _ in pairs], dtype=np.float64)
-    replicated = np.array([[f(draws, axis=1) for f in functions.values()] for _, draws in pairs], dtype=np.float64)
-    ppp = (replicated > observed[..., None]).mean(axis=-1) + 0.5 * (replicated == observed[..., None]).mean(axis=-1)
+    pairs = [_pair(idata["observed_data"][s].to_numpy(), idata["posterior_predictive"][s].to_numpy(), s) for s in sites]
+    observed, replicated, ppp = _compare(pairs, list(functions.values()))
     dims = ("site", "statistic")
     return xr.Dataset(
         {
@@ -74,10 +72,24 @@ def _builtin(name: str) -> Statistic:
     return _STATISTICS[name]
 
 
-def _pair(idata: Any, site: str) -> tuple[np.ndarray, np.ndarray]:
+def _compare(pairs: list[tuple[np.ndarray, np.ndarray]], functions: list[Statistic]) -> tuple[np.ndarray, ...]:
+    """Observed statistics ``(sites, statistics)``, replicated ones ``(sites, statistics, draws)``, and p-values."""
+    observed = np.array([[f(x, axis=0) for f in functions] for x, _ in pairs], dtype=np.float64)
+    replicated = np.array([[f(draws, axis=1) for f in functions] for _, draws in pairs], dtype=np.float64)
+    ppp = (replicated > observed[..., None]).mean(axis=-1) + 0.5 * (replicated == observed[..., None]).mean(axis=-1)
+    return observed, replicated, ppp
+
+
+def p_values(observed: Mapping[str, Any], replicates: Mapping[str, Any]) -> np.ndarray:
+    """The p-values of :func:`ppc` with its default statistics, flat, from tensors by site."""
+    pairs = [
+        _pair(observed[name].cpu().numpy(), replicates[name].cpu().numpy(), name) for name in observed if name in replicates
+    ]
+    return _compare(pairs, list(_STATISTICS.values()))[2].reshape(-1)
+
+
+def _pair(observed: np.ndarray, draws: np.ndarray, site: str) -> tuple[np.ndarray, np.ndarray]:
     """The observed values, flat, and their replicates, one flat data set a row; float64."""
-    observed = idata["observed_data"][site].to_numpy()
-    draws = idata["posterior_predictive"][site].to_numpy()
     if missing := int(np.isnan(observed).sum()):
         raise ValueError(f"observed {site!r} has {missing} NaN, with which nothing compares: leave them out, or mask the site")
     return observed.reshape(-1).astype(np.float64), draws.reshape(-1, observed.size).astype(np.float64)

@@ -15,11 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgen.contracts import Batch, Draws, Run, check_choice, check_positive
+from pgen.contracts import Batch, Draws, Run, Seed, as_seed, check_choice, check_positive
+from pgen.evaluation.units import QUIET_SECONDS
+from pgen.training.progress import Progress
 
-from .claims import CLAIMS, EXPECTED_ERRORS, Claim, Evidence, Limits, describe, judge, overall, parameter_table
+from .claims import (
+    CLAIMS,
+    EXPECTED_ERRORS,
+    Claim,
+    Evidence,
+    Limits,
+    describe,
+    judge,
+    overall,
+    parameter_table,
+    predictive_verdict,
+)
 from .convert import check_predictive, to_datatree, why_unweighted
 from .importance import psis
+from .predictive import p_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +51,7 @@ _ROW = (
 _DRAWS, _DRAWS_PER_DATUM = 4000, 1000
 _MAX_DATA = 256  # data looked at when every latent belongs to one datum
 _MAX_ELEMENTS = 5e7  # latent numbers drawn in one call
+_REPLICATES = 200, 1000  # data sets replicated: first, and in all where those leave claim 8 undecided
 _MAX_REPLICATED = 2e7  # observed numbers replicated in one call
 
 
@@ -138,10 +153,11 @@ def report(
     model: Fitted,
     *data: Any,
     level: str = "quick",
-    seed: int = 0,
+    seed: Seed = 0,
     num_samples: int | None = None,
     tolerances: Mapping[str, float] | None = None,
     var_names: Sequence[str] | str | None = None,
+    progress: bool = True,
 ) -> Report:
     r"""Judge a fitted model on its data: ten claims, each supported, contradicted, undecided or not measured.
 
@@ -158,6 +174,7 @@ def report(
             ``ess`` (effective draws, 100), ``good_fraction`` (of the data, 0.9), ``shift`` (posterior sds, 0.1), ``sd_ratio``
             (distance from one, 0.1), ``ppp`` (two-sided level, 0.05).
         var_names: Latent sites to look at in claim 3 and the table; all by default.
+        progress: Whether to show a bar with the claim at work on what takes more than two seconds.
 
     Raises:
         TypeError: If ``model`` lacks ``draw`` or ``predict``.
@@ -168,10 +185,15 @@ def report(
             raise TypeError(f"`model` should be a fitted model, got {type(model).__name__} without `{method}`")
     check_choice("level", level, ("quick", "standard", "thorough"))
     check_positive("num_samples", num_samples, allow_none=True)
-    limits = Limits.of(tolerances)
-    evidence, about = _gather(model, data[0] if len(data) == 1 else data, seed, num_samples, limits, var_names)
-    evidence.level = level
-    claims = [_timed(number, evidence) for number in CLAIMS]
+    limits, seed = Limits.of(tolerances), as_seed(seed)
+    with Progress(len(CLAIMS), progress, QUIET_SECONDS) as bar:
+        bar.at(0, "claims 2 and 8")
+        evidence, about = _gather(model, data[0] if len(data) == 1 else data, seed, num_samples, limits, var_names)
+        evidence.level = level
+        claims = []
+        for done, number in enumerate(CLAIMS):
+            bar.at(done, f"claim {number}")
+            claims.append(_timed(number, evidence))
     return Report(
         overall=overall(claims),
         rows=claims,
@@ -209,7 +231,7 @@ def _gather(
         wanted = num_samples or _default_draws(probe, shown)
         evidence.draws = _attempt(evidence, "draw", lambda: model.draw(data, num_samples=wanted, seed=seed))
         about += [f"{wanted} draws", *_data_words(shown, total)]
-    replicates = _attempt(evidence, "predict", lambda: _predict(model, data, evidence.draws, seed))
+    replicates = _attempt(evidence, "predict", lambda: _predict(model, data, evidence.draws, seed, limits))
     if evidence.draws is not None:
         draws = evidence.draws
         evidence.tree = tree = _attempt(evidence, "draw", lambda: to_datatree(draws, predictive=replicates, run=evidence.run))
@@ -286,13 +308,20 @@ def _default_draws(probe: Draws, shown: int) -> int:
     return int(min(_DRAWS, max(200, _MAX_ELEMENTS // max(size, 1))))
 
 
-def _predict(model: Fitted, data: Any, draws: Draws | None, seed: int) -> dict[str, Tensor]:
+def _predict(model: Fitted, data: Any, draws: Draws | None, seed: int, limits: Limits) -> dict[str, Tensor]:
+    """Replicates, and more of them where the first do not decide claim 8."""
     size = sum(value.numel() for value in draws.observed.values()) if draws is not None else 0
-    count = int(min(1000, max(50, _MAX_REPLICATED // max(size, 1))))
-    replicates = model.predict(data, num_samples=count, seed=seed + 1)
-    if draws is not None:
-        check_predictive(draws, replicates)
-    return replicates
+    most = int(min(_REPLICATES[1], max(50, _MAX_REPLICATED // max(size, 1))))
+    first = min(_REPLICATES[0], most)
+    replicates = model.predict(data, num_samples=first, seed=seed + 1)
+    if draws is None:
+        return replicates
+    check_predictive(draws, replicates)
+    found = p_values(draws.observed, replicates) if set(replicates) & set(draws.observed) else np.ones(0)
+    if first == most or predictive_verdict(found, first, limits.ppp)[0] != "undecided":
+        return replicates
+    more = model.predict(data, num_samples=most - first, seed=seed + 2)
+    return {name: torch.cat([value, more[name]]) for name, value in replicates.items()}
 
 
 def _smooth(draws: Draws, tree: Any) -> Any:

@@ -145,6 +145,11 @@ class _Meter(TorchDispatchMode):
         self.operations = 0
         self.seconds = 0.0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Says that the compiler need not be imported to be told to look away: that takes longer than the counting."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         numbers = sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)) if func.is_view is False else 0

@@ -17,7 +17,8 @@ _OPEN: list[Progress] = []
 class Progress:
     """A progress bar on standard error that appears once the work takes longer than a moment.
 
-    Used as a context it covers the bars of whatever is called inside: they add their words to this one.
+    Used as a context it is for questions: it covers the bars of whatever is called inside, which add their words to this one;
+    it goes when the answer comes; and it shows on a terminal alone.
 
     Args:
         total: Steps in all.
@@ -27,7 +28,7 @@ class Progress:
 
     def __init__(self, total: int, show: bool, quiet: float = QUIET_SECONDS) -> None:
         self.total, self.show, self.quiet = total, show, quiet
-        self.done, self.words = 0, ""
+        self.done, self.words, self.brief = 0, "", False
         self._start = time.perf_counter()
         self._bar: Any = None
         self._task: Any = None
@@ -48,9 +49,11 @@ class Progress:
             return
         if self._bar is None:
             self._open()
-        self._bar.update(self._task, completed=self.done, words=words)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, words=words)
 
     def __enter__(self) -> Progress:
+        self.brief = True
         _OPEN.append(self)
         return self
 
@@ -69,7 +72,11 @@ class Progress:
             TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         )
-        self._bar = Rich(*columns, console=Console(stderr=True), transient=False)
+        console = Console(stderr=True)
+        if self.brief and not console.is_terminal:
+            self.show = False
+            return
+        self._bar = Rich(*columns, console=console, transient=self.brief)
         self._task = self._bar.add_task("fit", total=self.total, words="")
         self._bar.start()
         if self not in _OPEN:

@@ -225,7 +225,7 @@ def test_one_broken_part_leaves_the_rest():
     assert status(found)[2] == "supported"
 
     fit.predict = lambda data, num_samples, seed: {"y": torch.zeros(num_samples, 7, 1)}
-    assert "should have shape (S, 7), as observed, got (1000, 7, 1)" in report(fit, Y).claims.loc[8, "explanation"]
+    assert "should have shape (S, 7), as observed, got (200, 7, 1)" in report(fit, Y).claims.loc[8, "explanation"]
 
     def draw(data, num_samples, seed):
         raise RuntimeError("shapes differ")
@@ -389,3 +389,26 @@ def test_verdicts_on_raw_summaries_are_seldom_false():
     assert sum(v == ("supported", False) for v in verdicts) <= 2  # 5 %
     assert sum(v == ("contradicted", True) for v in verdicts) <= 2
     assert sum(v[0] in ("supported", "contradicted") for v in verdicts) >= 25  # and they are given
+
+
+@pytest.mark.parametrize(("scale", "replicates", "status"), [(1.0, 200, "supported"), (9.0, 1000, "contradicted")])
+def test_more_replicates_are_drawn_where_the_first_do_not_decide(scale, replicates, status):
+    fit, asked = gaussian_fit([0.0] * 2, [1.0] * 2), []
+    predict = fit.predict
+
+    def counted(data, num_samples, seed):
+        asked.append((num_samples, seed))
+        return {name: value / scale for name, value in predict(data, num_samples, seed).items()}
+
+    fit.predict = counted
+    found = report(fit, Y, seed=4).claims.loc[8]
+    assert (found["status"], found["n"]) == (status, replicates)
+    assert asked == [(200, 5), (800, 6)][: len(asked)] and sum(count for count, _ in asked) == replicates
+
+
+def test_a_report_takes_a_generator_and_names_the_claim_at_work(monkeypatch):
+    words = []
+    monkeypatch.setattr("pgen.training.progress.Progress.at", lambda self, done, text: words.append(text))
+    first, second = (report(gaussian_fit([0.0] * 2, [1.0] * 2), Y, seed=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first.to_json().split('"cost_s"')[0] == second.to_json().split('"cost_s"')[0] and first.seed == second.seed
+    assert [f"claim {n}" for n in range(1, 11)] == [w for w in words[: len(words) // 2] if w != "claims 2 and 8"]
