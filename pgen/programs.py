@@ -797,7 +797,10 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None, numbers:
     ``numbers`` are the numbers of the rows, where they are not 0, 1, ...
     """
     base = innermost(fn)
-    inside = base.support.check(value)
+    try:
+        inside = base.support.check(value)
+    except NotImplementedError:
+        return  # the distribution does not say what its support is, as pyro.contrib.zuko.ZukoToPyro
     for part in (mask, getattr(fn, "_mask", None)):
         if isinstance(part, (bool, Tensor)):
             seen = torch.as_tensor(part, device=inside.device)

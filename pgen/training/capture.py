@@ -66,10 +66,23 @@ def _trace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     return graph
 
 
-def _make_fx(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def _make_fx(fn: TensorFunction, inputs: Sequence[Tensor], table: dict[Any, Any] | None = None) -> fx.GraphModule:
     """``make_fx`` on real tensors, with one mode for the shapes that it notes down (it would make one for each)."""
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-        return make_fx(fn)(*inputs)
+        return make_fx(fn, decomposition_table=table)(*inputs)
+
+
+SHORT_SUM = 64
+"""Cumulative sums over at most so many terms are written as sums, which a compiler can fuse."""
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A short cumulative sum as sums of masked terms; the compiler has no kernel of its own for it."""
+    if x.dim() == 0 or x.shape[dim] > SHORT_SUM or not x.is_floating_point() or dtype not in (None, x.dtype):
+        return NotImplemented
+    size = x.shape[dim]
+    upto = torch.ones(size, size, dtype=x.dtype, device=x.device).tril()
+    return (x.movedim(dim, -1).unsqueeze(-2) * upto).sum(-1).movedim(-1, dim)
 
 
 def _numpy_state() -> tuple[Any, ...]:
@@ -108,7 +121,7 @@ def capture(
 
 def retrace(fn: TensorFunction, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Capture a function made of captured graphs and plain tensor code, which needs no second look."""
-    return simplify(_make_fx(fn, inputs))
+    return simplify(_make_fx(fn, inputs, {torch.ops.aten.cumsum.default: _cumsum}))
 
 
 def _compare(first: fx.GraphModule, second: fx.GraphModule) -> None:
