@@ -64,10 +64,11 @@ from .programs import (
 )
 from .training.autopsy import autopsy
 from .training.callbacks import Callback
-from .training.checkpoint import Checkpoint
+from .training.checkpoint import Checkpoint, recorded
 from .training.fit import Training, augmented
 from .training.fit import fit as fit_loop
 from .training.optim import Adam
+from .training.parallel import together
 
 if TYPE_CHECKING:
     import xarray
@@ -216,31 +217,46 @@ class _Questions(nn.Module):
         size = min(batch_size or self.default_batch_size or num_data, num_data)
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
-        self.to(device=device, dtype=settings.dtype)
-        data = place(data, device, settings.dtype)
-        validation = None if validation is None else place(validation, device, settings.dtype)
-        if not self.primed:
-            with keyed_rng(key(seed, "prime"), device):
-                self.prime(data)
-            self.primed = True
-        objective = objective or self.default_objective()
-        self._first_look(data, size, seed, settings, objective, source)
-        if optimizer is None:
-            optimizer, settings = self._default_optimizer(settings)
-        self.to(device=device, dtype=settings.dtype)
+        parts = settings.micro_batches or (None if checkpoint is None else recorded(Path(checkpoint), "micro_batches"))
         run = Run()
-        with contextlib.nullcontext() if checkpoint is None else Checkpoint(Path(checkpoint)) as store:
-            try:
-                fit_loop(
-                    self, data if source is None else source, validation=validation, objective=objective, optimizer=optimizer,
-                    training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed, callbacks=callbacks,
-                    progress=progress, checkpoint=store, run=run,
-                )  # fmt: skip
-            finally:
-                if run.steps:
-                    self.last_run = run
-                    self._fitted_to(data if source is None else source)
+        with together(parts, exact=settings.deterministic, timeout=settings.timeout, device=device) as workers:
+            if size < workers.micro_batches:
+                raise ValueError(f"a batch of {size} rows cannot be cut into {workers.micro_batches} micro-batches")
+            self.to(device=device, dtype=settings.dtype)
+            data = place(data, device, settings.dtype)
+            validation = None if validation is None else place(validation, device, settings.dtype)
+            if not self.primed:
+                with keyed_rng(key(seed, "prime"), device):
+                    self.prime(data)
+                self.primed = True
+            objective = objective or self.default_objective()
+            self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
+            if optimizer is None:
+                optimizer, settings = self._default_optimizer(settings)
+            self.to(device=device, dtype=settings.dtype)
+            with contextlib.nullcontext() if checkpoint is None else Checkpoint(Path(checkpoint), workers.leads) as store:
+                if workers.world > 1:
+                    workers.align(self._facts(data, num_data, size, seed, settings), [*self.parameters(), *self.buffers()])
+                try:
+                    fit_loop(
+                        self, data if source is None else source, validation=validation, objective=objective,
+                        optimizer=optimizer, training=settings, epochs=epochs, steps=steps, batch_size=size, seed=seed,
+                        callbacks=callbacks, progress=progress, checkpoint=store, run=run, workers=workers,
+                    )  # fmt: skip
+                finally:
+                    if run.steps:
+                        self.last_run = run
+                        self._fitted_to(data if source is None else source)
         return run
+
+    def _facts(self, data: Batch, num_data: int, batch_size: int, seed: int, settings: Training) -> dict[str, str]:
+        """What must be the same on every process."""
+        held = [("parameter", self.named_parameters()), ("buffer", self.named_buffers())]
+        tensors = {f"{kind} {n}": f"{tuple(t.shape)} {t.dtype}" for kind, named in held for n, t in named}
+        sample = take(data, torch.linspace(0, batch_length(data) - 1, 64).long().to(_device(data)))
+        plain = {f.name: value for f in fields(settings) if not callable(value := getattr(settings, f.name))}
+        shared = {**plain, "num_data": num_data, "batch_size": batch_size, "seed": seed, "data": fingerprint(sample)}
+        return {**tensors, **{name: str(value) for name, value in shared.items() if name != "device"}}
 
     def _fitted_to(self, data: Batch | DataSource) -> None:
         """Told of the training data after a fit."""
@@ -253,15 +269,26 @@ class _Questions(nn.Module):
         return Adam(1e-3), settings
 
     def _first_look(
-        self, data: Batch, batch_size: int, seed: int, settings: Training, objective: Any, source: Checked | None
+        self,
+        data: Batch,
+        batch_size: int,
+        seed: int,
+        settings: Training,
+        objective: Any,
+        source: Checked | None,
+        micro_batches: int,
     ) -> None:
         """Create lazy parameters, then run both programs strictly on the first rows."""
         num_data = batch_length(data) if source is None else len(source)
+        whole = batch_size == num_data and micro_batches > 1
+        batch_size = -(-batch_size // micro_batches)  # what the programs see at a time
         first = take(data, slice(0, batch_size))
         device = _device(data)
         with keyed_rng(key(seed, "init"), device), torch.no_grad():
             first = augmented(first, settings.augment)
             self.materialize(first, num_data, minibatch=batch_size < num_data)
+            if whole:
+                self._check_divisible(micro_batches)
             index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
             with keyed_rng(key(seed, "check"), device), rows_at(index), _evaluating(self):
                 with isolated(self.home, validate=True):
@@ -303,6 +330,9 @@ class _Questions(nn.Module):
 
     def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
         """Run the programs once, so that parameters made on the way exist; later ones are refused."""
+
+    def _check_divisible(self, micro_batches: int) -> None:
+        """Refuse what means something else where a step does not see all rows at once."""
 
     def prime(self, data: Batch) -> None:
         """Start parameters at simple statistics of the training data, before the first fit."""
@@ -1021,6 +1051,13 @@ class Pair(_Questions):
         draws = vectorize(lambda: {n: t.value for n, t in run_latents(self._model, batch).items()}, 25)
         made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
         return cast(nn.Module, AUTOMATIC[self.guide_name](made, num_data))
+
+    def _check_divisible(self, micro_batches: int) -> None:
+        if self.guide_name not in ("", "mean_field") and len(getattr(self._guide, "tables", [])) > 0:
+            raise ValueError(
+                f"`guide` {self.guide_name!r} joins the latents of all rows, which {micro_batches} micro-batches tear apart: "
+                f"fit it in one process, or take 'mean_field'"
+            )
 
     def _fitted_to(self, data: Batch | DataSource) -> None:
         if getattr(self._guide, "bound_to_rows", False):

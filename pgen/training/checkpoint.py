@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import files
 
-__all__ = ["Checkpoint", "check_same", "pack", "unpack"]
+__all__ = ["Checkpoint", "check_same", "pack", "recorded", "unpack"]
 
 ANY = "any"
 """Stands in a configuration for a value that cannot change the result."""
@@ -36,16 +36,19 @@ class Checkpoint:
 
     Args:
         folder: Created if missing.
+        writes: Whether this process writes there. Of several that train one model the first does, and the others read.
 
     Raises:
         ValueError: If another fit is writing there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+        self._fresh, self.path, self.previous = _paths(folder)
+        self._lock = folder / "lock"
+        if not writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.path, self.previous = folder / "checkpoint.pgen", folder / "checkpoint-before.pgen"
-        self._fresh, self._lock = folder / "checkpoint.new", folder / "lock"
         _take_lock(self._lock)
         files.sweep(folder)
         self._rotate()
@@ -54,7 +57,8 @@ class Checkpoint:
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._lock.unlink(missing_ok=True)
+        if self.writes:
+            self._lock.unlink(missing_ok=True)
 
     def write(self, tensors: dict[str, Tensor], history: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
         """Write beside, then let the one before last go.
@@ -101,6 +105,19 @@ class Checkpoint:
             what = "; ".join(reasons)
             raise ValueError(f"{self.folder} has no checkpoint that can be read ({what}); move it away to start anew")
         return None
+
+
+def recorded(folder: Path, name: str) -> Any:
+    """One value of the configuration of the newest whole checkpoint in a folder; None if there is none."""
+    for path in _paths(folder):
+        with contextlib.suppress(ValueError, OSError, KeyError):
+            return files.read_metadata(path)["configuration"][name]
+    return None
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Of a checkpoint being written, the newest and the one before."""
+    return [folder / name for name in ("checkpoint.new", "checkpoint.pgen", "checkpoint-before.pgen")]
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:

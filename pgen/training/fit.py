@@ -3,7 +3,9 @@ r"""The training loop."""
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from .capture import BackgroundCompile, CaptureRefused, CompileFailed, compile_g
 from .checkpoint import ANY, Checkpoint, check_same, pack, unpack
 from .interruption import Interruption, Stop
 from .optim import External, from_torch, internal
+from .parallel import Workers
 from .progress import Progress
 from .schedule import Schedule, multiplier
 from .step import CompiledStep, Player, Step, unchanged
@@ -68,7 +71,8 @@ class Training:
         precision: ``"float32"``, ``"float64"``, or ``"bfloat16"`` (autocast: float32 parameters, bfloat16 products).
         compile: ``"auto"`` starts at once and takes faster tiers as they become ready; ``"eager"``, ``"graph"`` and
             ``"compiled"`` settle the tier before the first step.
-        deterministic: With ``compile="auto"``, settle the tier before the first step, so that runs agree to the bit.
+        deterministic: With ``compile="auto"``, settle the tier before the first step, so that runs agree to the bit; on
+            several processes, add gradients in one order, so that runs on any number of them agree to the bit too.
         clip_norm: Largest Euclidean norm of the gradient.
         ema: Decay of an exponential moving average of the parameters, which the model holds after training.
         schedule: Of the learning rate; see ``training.schedule.multiplier``.
@@ -80,6 +84,10 @@ class Training:
         unroll: Most steps in one call of compiled code; they share the key of their noise. None to choose by size.
         checkpoint_every: Steps between checkpoints; None for one about every ten seconds, and rarer where writing one takes
             more than a twentieth of the time. The last state is always written, at Ctrl-C and SIGTERM too.
+        micro_batches: Parts that a step's batch is cut into, each with noise of its own; several processes share them out.
+            What is trained depends on it and not on the number of processes. None means one a process, or those of the
+            checkpoint that is resumed.
+        timeout: Seconds that one process waits for another before it gives up.
     """
 
     device: str = "auto"
@@ -95,6 +103,8 @@ class Training:
     augment: Callable[[Tensor], Tensor] | None = None
     unroll: int | None = None
     checkpoint_every: int | None = None
+    micro_batches: int | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, _TIERS)
@@ -104,6 +114,8 @@ class Training:
         check_positive("unroll", self.unroll, allow_none=True)
         check_positive("max_nonfinite", self.max_nonfinite)
         check_positive("checkpoint_every", self.checkpoint_every, allow_none=True)
+        check_positive("micro_batches", self.micro_batches, allow_none=True)
+        check_positive("timeout", self.timeout, integer=False)
         if self.early_stopping is not None and self.early_stopping != 0:
             check_positive("early_stopping", self.early_stopping)
         if self.ema is not None and not 0 < self.ema < 1:
@@ -117,14 +129,19 @@ class Training:
     def torch_device(self) -> torch.device:
         """The device that ``device`` names."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"`device` is {self.device!r}, which torch does not know; use 'auto', 'cpu' or 'cuda'") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"`device` is {self.device!r}, but torch sees no GPU; use device='cpu' or 'auto'")
-        return device
+        return device if device.type != "cuda" or device.index is not None else _own_gpu()
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process: torchrun numbers the processes of a machine."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
 class Trainable(Protocol):
@@ -222,21 +239,25 @@ class _Loop:
         objective: Any,
         optimizer: Any,
         training: Training,
+        workers: Workers,
         *,
         batch_size: int,
         total: int,
         seed: int,
     ) -> None:
+        self.workers = workers
         self.target, self.objective, self.training, self.seed = target, objective, training, seed
         self.device = training.torch_device()
         self.data = data
-        self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype) if is_source(data) else None
+        self.feed = None
+        if is_source(data):
+            self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype, share=workers.share)
         self.leaves, self.spec = tree_flatten(data if self.feed is None else self.feed.resident)
         self.sliced = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         self.resident_rows = len(self.leaves[self.sliced[0]])
         self.num_data = self.resident_rows if self.feed is None else len(self.feed.source)
         self.batch_size = batch_size
-        self.full = batch_size >= self.num_data
+        self.full = batch_size >= self.num_data and workers.micro_batches == 1
         self.batches = self.feed or Batches(self.num_data, batch_size, seed=seed, device=self.device)
         self.schedules: dict[str, Callable[[int, int], float]] = dict(getattr(objective, "schedules", {}))
         self.total = total
@@ -250,7 +271,7 @@ class _Loop:
         self.noise_key = key(seed, "noise")
         self.runners: dict[int, Callable[[Tensor | None, Tensor], list[Tensor]]] = {}
         self.tier, self.reason = "eager", ""
-        self.interruption = Interruption()
+        self.interruption = Interruption(alone=workers.world == 1)
 
     def _players(self, objective: Any, optimizer: Any) -> list[Player]:
         """The objective's players, each with its own parameters and optimizer; one without a name if it has none."""
@@ -342,17 +363,50 @@ class _Loop:
 
     def runner(self, index: Tensor | None, step: int) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
         """The step for batches of this length in the tier at hand."""
+        if self.workers.micro_batches > 1:
+            return functools.partial(self._divided, step)
         if self.tier == "eager":
             return self.step.eager
         length = -1 if index is None else len(index)
         if length not in self.runners:
             with keyed_rng(0, self.device):  # capturing seeds the generators: give the step its own noise back
-                self.runners[length] = self.step.graph(index, self._other(step))
+                self.runners[length] = self.step.graph(index, self._other(index))
         return self.runners[length]
 
-    def _other(self, step: int) -> Tensor | None:
-        """Indices of another batch of the same length, to capture on a second time."""
+    def _divided(self, step: int, index: Tensor | None, s: Tensor) -> list[Tensor]:
+        """The step in micro-batches: this process's own, added to those of the others between gradient and update."""
+        assert index is not None
+        noise = step_keys(self.noise_key, step, 1)[0]
+
+        def run(player: int, scheduled: Tensor | None) -> list[Tensor]:
+            return self.workers.gradients(
+                lambda part: self.step.gradients(player, part, scheduled),
+                index,
+                lambda number: seed_generators(key(noise, player, number), self.device),
+                self.step.buffers,
+            )
+
+        return self.step.update(run, s)
+
+    def pieces(self, step: int) -> list[tuple[int, Tensor | None]]:
+        """What this process runs in a step: keys of the noise (of the first player) and rows."""
+        noise, index = step_keys(self.noise_key, step, 1)[0], self.index(step)
+        if index is None or self.workers.micro_batches == 1:
+            return [(noise, index)]
+        return [(key(noise, 0, number), self.workers.rows(index, number)) for number in self.workers.own]
+
+    def _capture(self, step: int) -> None:
+        """Capture what a step's batch needs: the whole step, or its gradient for each length of a micro-batch."""
         index = self.index(step)
+        if self.workers.micro_batches == 1:
+            self.runner(index, step)
+            return
+        for _, part in self.pieces(step):
+            with keyed_rng(0, self.device):
+                self.step.captured(part, self._other(part))
+
+    def _other(self, index: Tensor | None) -> Tensor | None:
+        """Indices of another batch of the same length, to capture on a second time."""
         if index is None:
             return None
         rows = torch.arange(len(index), device=index.device)
@@ -370,7 +424,7 @@ class _Loop:
             self.tier = "graph"
             for number in (first, first + len(self.batches) - 1):
                 self.interruption.check()
-                self.runner(self.index(number), number)
+                self._capture(number)
             return True
         except CaptureRefused as refusal:
             self.tier, self.reason = "eager", str(refusal)
@@ -449,6 +503,48 @@ class _Compilation:
             self._work.cancel()
 
 
+class _GradientCompilation:
+    """The compiled tier of a step in micro-batches: of their gradients. Adding them up, and the update, stay outside."""
+
+    def __init__(self, loop: _Loop, step: int, wait: bool) -> None:
+        self._loop = loop
+        self._works: dict[tuple[int, int], BackgroundCompile] = {}
+        s = loop.scalars(step, 1)[0]
+        parts = {len(part): part for _, part in loop.pieces(step) if part is not None}
+        try:
+            for player, (length, part) in itertools.product(range(len(loop.step.players)), parts.items()):
+                traced = loop.step.traced_gradients(player, part, s)
+                if wait:
+                    with loop.interruption.cutting():
+                        loop.step.take_gradients(player, length, compile_graph(*traced))
+                else:
+                    self._works[player, length] = BackgroundCompile(*traced)
+        except CompileFailed as failure:
+            loop.reason = str(failure)
+            return
+        if wait:
+            loop.tier = "compiled"
+
+    def poll(self) -> None:
+        """Take over what is ready."""
+        for known, work in list(self._works.items()):
+            fn, reason = work.result(), work.reason
+            if fn is not None:
+                self._loop.step.take_gradients(*known, fn)
+            if fn is not None or reason:
+                self._loop.reason = self._loop.reason or reason
+                del self._works[known]
+                self._loop.tier = "graph" if self._works or self._loop.reason else "compiled"
+
+    def run(self, step: int, limit: int, table: Tensor) -> None:
+        """No whole step is compiled."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        for work in self._works.values():
+            work.cancel()
+
+
 def fit(
     target: Trainable,
     data: Batch | DataSource,
@@ -465,11 +561,14 @@ def fit(
     progress: bool,
     run: Run,
     checkpoint: Checkpoint | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Train ``target`` and write into ``run``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
     num_data = num_rows(data)
     plan = _Plan.make(math.ceil(num_data / batch_size), epochs, steps, training)
-    loop = _Loop(target, data, objective, optimizer, training, batch_size=batch_size, total=plan.steps, seed=seed)
+    loop = _Loop(
+        target, data, objective, optimizer, training, workers or Workers(), batch_size=batch_size, total=plan.steps, seed=seed
+    )
     run.num_data, run.seed = num_data, seed
     trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint, run)
     with keyed_rng(key(seed, "fit"), loop.device), trainer.interruption:
@@ -495,11 +594,12 @@ class _Trainer:
         run: Run,
     ) -> None:
         self.checkpoint, self.run, self.interruption = checkpoint, run, loop.interruption
-        self.loop, self.plan, self.validation, self.callbacks = loop, plan, validation, callbacks
-        self.log, self.bar = _Log(), Progress(plan.steps, progress)
+        self.loop, self.plan, self.validation, self.workers = loop, plan, validation, loop.workers
+        self.callbacks = callbacks if self.workers.leads else ()
+        self.log, self.bar = _Log(), Progress(plan.steps, progress and self.workers.leads)
         self.done, self.skipped, self.skipped_in_row = 0, 0, 0
         self.block, self.step_seconds = 1, math.nan
-        self.compilation: _Compilation | None = None
+        self.compilation: _Compilation | _GradientCompilation | None = None
         self.best: tuple[float, list[Tensor]] | None = None
         self.stopped = ""
         self.bad_validations = 0
@@ -518,6 +618,7 @@ class _Trainer:
                 self._resume()
                 self._steps()
                 self._save_last()
+                self.workers.largest(0)  # nobody leaves before everything is written
         finally:
             self.bar.close()
             self._finish()
@@ -530,6 +631,7 @@ class _Trainer:
             if not self.stopped and self._left():
                 self._settle()
             while not self.stopped and self._left():
+                self._agree()
                 self.interruption.check()
                 if self._validation_due():
                     self.stopped = self._judge(self._validate())
@@ -540,6 +642,11 @@ class _Trainer:
             pass
         words = f"interrupted ({self.interruption.name})" if self._left() else f"all {self.plan.steps} steps done"
         self.run.stopped = self.stopped or words
+
+    def _agree(self) -> None:
+        """Have a signal that one process noted stop all of them before the same step."""
+        if self.workers.world > 1:
+            self.interruption.take(*self.workers.largest(self.interruption.noted or 0))
 
     def _left(self) -> bool:
         return self.done < self.plan.steps or self._validation_due()
@@ -567,6 +674,7 @@ class _Trainer:
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
             "compile": _kind_of_bits(training),
             "device": loop.device.type,
+            "micro_batches": loop.workers.micro_batches,
             "data": loop.fingerprint,
             "validation": None if self.validation is None else fingerprint(self.validation),
             "pgen": __version__,
@@ -575,7 +683,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint where one is due; where it cannot be written, say so and train on."""
-        if self.checkpoint is None or not self._save_due():
+        if self.checkpoint is None or not self.workers.leads or not self._save_due():
             return
         self._check_parameters()
         self.saved, self.saved_time = (self.done, -1, ""), time.perf_counter()
@@ -597,7 +705,7 @@ class _Trainer:
     def _save_last(self) -> None:
         """The state at the end, or at a signal: where it cannot be written the fit ends with the error."""
         self._check_parameters()
-        if self.checkpoint is not None and self.saved != self._moment():
+        if self.checkpoint is not None and self.workers.leads and self.saved != self._moment():
             self._write(self.checkpoint)
 
     def _moment(self) -> tuple[int, int, str]:
@@ -626,6 +734,10 @@ class _Trainer:
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one of the same configuration and data."""
+        self._take_up()
+        self.workers.align({"step": str(self.done)}, [])
+
+    def _take_up(self) -> None:
         found = None if self.checkpoint is None else self.checkpoint.read()
         if found is None or self.checkpoint is None:
             return
@@ -684,7 +796,10 @@ class _Trainer:
                 return
         unroll = self.loop.training.unroll or self._unroll()
         try:
-            self.compilation = _Compilation(self.loop, self.done, unroll, wait)
+            if self.workers.micro_batches > 1:
+                self.compilation = _GradientCompilation(self.loop, self.done, wait)
+            else:
+                self.compilation = _Compilation(self.loop, self.done, unroll, wait)
         except CaptureRefused as refusal:
             self.loop.reason = str(refusal)
         if wait and self.loop.tier != "compiled" and self.loop.training.compile == "compiled":
@@ -703,6 +818,7 @@ class _Trainer:
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
         left = self.plan.steps - self.done
         count = min(self._until_save(), left, until_validation if self.validation is not None else left)
+        count = -self.workers.largest(-count)[0]  # clocks differ, blocks must not
         began = time.perf_counter()
         count, columns = self._run(count)
         host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
@@ -715,7 +831,8 @@ class _Trainer:
     def _until_save(self) -> int:
         """Steps of a block, or until the next checkpoint."""
         every = self.loop.training.checkpoint_every
-        return self.block if every is None or self.checkpoint is None else min(self.block, self.saved[0] + every - self.done)
+        saves = every is not None and self.checkpoint is not None and self.workers.leads
+        return min(self.block, self.saved[0] + every - self.done) if saves else self.block  # type: ignore[operator]
 
     def _run(self, count: int) -> tuple[int, list[list[Tensor]]]:
         """Up to ``count`` steps, fewer where a signal comes: how many, and their outputs."""
@@ -786,7 +903,7 @@ class _Trainer:
 
     def _validate(self) -> float:
         """Compute the validation bound, tell it and return it."""
-        bound, std_error = self._bound()
+        bound, std_error = self.workers.first(*self._bound())
         for name, value in zip(("step", "bound", "std_error"), (self.done, bound, std_error)):
             self.log.validation[name].append(float(value))
         for callback in self.callbacks:
@@ -821,19 +938,21 @@ class _Trainer:
 
     def _autopsy(self, step: int) -> str:
         """Replay a step eagerly, with its own rows and noise, and name what went wrong."""
-        loop = self.loop
-        index = loop.index(step)
-        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
-        tensors = loop.tensors()
+        loop, tensors = self.loop, self.loop.tensors()
         loop.load(step, 1)
-        rows = loop.rows(tensors, index)
-        with rows_at(rows), unchanged(loop.step.buffers):
-            return loop.target.autopsy(loop.batch(tensors, index), rows) or self._bad_gradient(step, index)
+        for noise, index in loop.pieces(step):
+            seed_generators(noise, loop.device)
+            rows = loop.rows(tensors, index)
+            with rows_at(rows), unchanged(loop.step.buffers):
+                words = loop.target.autopsy(loop.batch(tensors, index), rows) or self._bad_gradient(step, noise, index)
+            if words:
+                return words
+        return "replayed with the parameters as they are now, it is finite" + (" here" if self.workers.world > 1 else "")
 
-    def _bad_gradient(self, step: int, index: Tensor | None) -> str:
-        """Every site was finite: whether the loss or a gradient is not."""
+    def _bad_gradient(self, step: int, noise: int, index: Tensor | None) -> str:
+        """Every site was finite: whether the loss or a gradient is not; nothing if all are."""
         loop, names = self.loop, {id(p): name for name, p in self.loop.target.named_parameters()}
-        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
+        seed_generators(noise, loop.device)
         scheduled = loop.step.split_scalars(loop.scalars(step, 1)[0])[1]
         for player in loop.step.players:
             loss, _, grads = player.split(player.loss_and_grads(loop.step.leaves, index, scheduled))
@@ -842,7 +961,7 @@ class _Trainer:
             for parameter, grad in zip(player.params, grads):
                 if not bool(torch.isfinite(grad).all()):
                     return f"the gradient of {names.get(id(parameter))!r} is not finite though the loss is; {ADVICE}"
-        return "replayed with the parameters as they are now, it is finite"
+        return ""
 
     def _finish(self) -> None:
         loop, run = self.loop, self.run

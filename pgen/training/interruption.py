@@ -24,12 +24,20 @@ class Stop(BaseException):
 class Interruption:
     """Notes the first signal, for the loop to look at between calls; a second one ends the process at once.
 
+    Of several processes that train one model none acts on a signal by itself: what one has ``noted`` is ``received`` by all
+    when they agree to ``take`` it.
+
+    Args:
+        alone: Whether this process acts by itself.
+
     Signals that the host program ignores stay ignored, and outside the main thread nothing is touched: signals are the main
     thread's business.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self.noted: int | None = None
         self.received: int | None = None
+        self._alone = alone
         self._at = 0.0
         self._cutting = False
         self._before: dict[int, Any] = {}
@@ -46,13 +54,21 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.noted is not None:
             if time.monotonic() - self._at > ECHO_SECONDS:
                 _end(number)
             return
-        self.received, self._at = number, time.monotonic()
-        if self._cutting:
-            raise Stop
+        self.noted, self._at = number, time.monotonic()
+        if self._alone:
+            self.received = number
+            if self._cutting:
+                raise Stop
+
+    def take(self, number: int) -> None:
+        """Receive what some process noted; 0 for nothing."""
+        if number and self.received is None:
+            self.received, self._at = number, time.monotonic()
+            self.noted = number
 
     @property
     def name(self) -> str:
@@ -82,7 +98,9 @@ class Interruption:
         """
         if self.received is None:
             return
-        before = self._before[self.received]
+        before = self._before.get(self.received)
+        if before is None:  # not the main thread's fit
+            return
         if before is signal.default_int_handler:
             raise KeyboardInterrupt(words)
         if before is signal.SIG_DFL:

@@ -107,6 +107,7 @@ class Step:
         self.external = any(player.external for player in players)
         self.ema = [v.clone() for v in self.values] if ema is not None else []
         self._graphs: dict[tuple[int, int], fx.GraphModule] = {}
+        self._compiled: dict[tuple[int, int], Callable[..., Sequence[Tensor]]] = {}
         self._changing = buffers  # all of them, until a capture shows which
         self._changed: set[int] = set()
 
@@ -145,7 +146,7 @@ class Step:
             player.optimizer.update_(player.values, grads, player.state, s, skip)
         return [loss, norm, skip, *metrics]
 
-    def _step(self, run: Callable[[int, Tensor | None], Sequence[Tensor]], s: Tensor) -> list[Tensor]:
+    def update(self, run: Callable[[int, Tensor | None], Sequence[Tensor]], s: Tensor) -> list[Tensor]:
         """All players' updates in place, where ``run`` gives a player's loss and gradients; then the moving average."""
         scalars, scheduled = self.split_scalars(s)
         results = []
@@ -204,7 +205,7 @@ class Step:
 
     def eager(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """Run the programs as written."""
-        return self._step(lambda i, scheduled: self.players[i].loss_and_grads(self.leaves, index, scheduled), s)
+        return self.update(lambda i, scheduled: self.players[i].loss_and_grads(self.leaves, index, scheduled), s)
 
     def graph(self, index: Tensor | None, other: Tensor | None) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
         """The step in the graph tier for batches of this length; raises CaptureRefused."""
@@ -213,9 +214,31 @@ class Step:
 
         def run(index: Tensor | None, s: Tensor) -> list[Tensor]:
             rows = [] if index is None else [index]
-            return self._step(lambda i, scheduled: forwards[i](*fixed, *rows, *([] if scheduled is None else [scheduled])), s)
+            return self.update(lambda i, scheduled: forwards[i](*fixed, *rows, *([] if scheduled is None else [scheduled])), s)
 
         return run
+
+    def gradients(self, player: int, index: Tensor, scheduled: Tensor | None) -> list[Tensor]:
+        """A player's ``[loss, *metrics, *gradients]`` on some rows, by the graph for as many rows if there is one."""
+        known = player, len(index)
+        if known not in self._graphs:
+            return self.players[player].loss_and_grads(self.leaves, index, scheduled)
+        run = self._compiled.get(known, self._graphs[known].forward)
+        return list(run(*self._gradient_inputs(index, scheduled)))
+
+    def _gradient_inputs(self, index: Tensor, scheduled: Tensor | None) -> list[Tensor]:
+        return [*self.values, *self.buffers, *self.leaves, index, *([] if scheduled is None else [scheduled])]
+
+    def traced_gradients(self, player: int, index: Tensor, s: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
+        """A player's captured ``gradients``, ready to compile, and its inputs. Changes nothing."""
+        inputs = self._gradient_inputs(index, self.split_scalars(s)[1])
+        graph = self._graphs[player, len(index)]
+        with torch.no_grad(), unchanged(self.buffers):
+            return retrace(lambda *args: graph(*args), inputs), inputs
+
+    def take_gradients(self, player: int, length: int, fn: Callable[..., Sequence[Tensor]]) -> None:
+        """Use compiled code for the gradients of as many rows."""
+        self._compiled[player, length] = fn
 
     def captured(self, index: Tensor | None, other: Tensor | None) -> list[fx.GraphModule]:
         """Each player's graph of ``loss_and_grads``, captured on ``index`` and checked on ``other``."""
