@@ -227,6 +227,26 @@ def test_the_evidence_of_shared_latents_some_of_them_constrained():
     assert abs(found.gap) < 0.5 and len(found.lower) == 1
 
 
+def test_finite_latents_are_summed_out_along_the_path():
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), dtype=x.dtype), 1.0))
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3, dtype=x.dtype)))
+            pyro.sample("x", dist.Normal(z + 4 * k, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 1.5))
+
+    x = torch.tensor([-1.0, 0.5, 2.0, 4.5], dtype=torch.float64)
+    parts = [dist.Normal(4.0 * k, math.sqrt(1.25)).log_prob(x) + math.log((0.7, 0.3)[k]) for k in (0, 1)]
+    pair = pgen.Pair(mixture, guide)
+    score = pair.log_prob(x, method="ais", num_temps=120, num_chains=32, leapfrog=4)
+    error = score.value - torch.logaddexp(*parts)
+    assert bool((error.abs() < 4 * score.mc_error).all()) and float(score.mc_error.max()) < 0.15
+    assert abs(pair.bdmc(x, num_temps=60, num_chains=32, leapfrog=4).gap) < 0.3
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -251,12 +271,12 @@ def test_what_cannot_be_annealed_says_so():
 def test_discrete_latents_and_observed_computations_are_refused():
     def discrete(x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Poisson(torch.ones(len(x))))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("z", dist.Poisson(torch.ones(len(x))))
 
     with pytest.raises(pgen.NotAvailable, match="latent 'z' is discrete"):
         pgen.Pair(discrete, guide).log_prob(torch.zeros(3), method="ais")

@@ -31,7 +31,18 @@ from torch.distributions.transforms import Transform
 
 from ..contracts import Batch, NotAvailable, Score, check_choice, check_positive, nearest
 from ..data.batches import key
-from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_program, seed_generators, vectorize
+from ..programs import (
+    DATA_PLATE,
+    Term,
+    batch_length,
+    keyed_rng,
+    rows_at,
+    run_latents,
+    run_model,
+    run_program,
+    seed_generators,
+    vectorize,
+)
 from ..samplers.mcmc import State, hmc, start
 from ..training.progress import Progress
 from .likelihood import UNIT_ROWS, At, each
@@ -182,7 +193,7 @@ class _Path:
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, initial: str, by_rows: bool) -> None:
         self.model, self.guide, self.initial, self.by_rows = model, guide, initial, by_rows
-        latents = [t for t in run_program(model, batch).values() if not t.observed]
+        latents = list(run_latents(model, batch).values())
         if not latents:
             raise NotAvailable("there are no latent variables, so nothing to anneal; leave `method` out")
         self.sites = [_Site.of(term, by_rows) for term in latents]
@@ -217,10 +228,10 @@ class _Path:
 
     def _at(self, values: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         rows = batch_length(batch) if self.by_rows else 1
-        with At(values):
-            terms = run_program(self.model, batch, double=True).values()
-            known = [t for t in terms if not t.observed]
-            if self.initial == "guide":
+        terms = run_model(self.model, batch, At(values), double=True).values()
+        known = [t for t in terms if not t.observed]
+        if self.initial == "guide":
+            with At(values):
                 known = list(run_program(self.guide, batch, double=True).values())
         return self._sum(known, rows), self._sum(list(terms), rows)
 
