@@ -84,6 +84,10 @@ ENCODE_ROWS = 256
 """Most data that ``encode`` takes at a time."""
 
 
+MOST_STEPS = 50_000
+"""Steps of a fit that stops when converged, unless it is told otherwise."""
+
+
 class _Questions(nn.Module):
     """What a pair and a family have in common."""
 
@@ -217,6 +221,7 @@ class _Questions(nn.Module):
         size = min(batch_size or self.default_batch_size or num_data, num_data)
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
+            epochs, steps = (None, MOST_STEPS) if settings.stop == "converged" else (epochs, steps)
         parts = settings.micro_batches or (None if checkpoint is None else recorded(Path(checkpoint), "micro_batches"))
         run = Run()
         with together(parts, exact=settings.deterministic, timeout=settings.timeout, device=device) as workers:
@@ -231,6 +236,8 @@ class _Questions(nn.Module):
                 self.primed = True
             objective = objective or self.default_objective()
             self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
+            if settings.stop == "converged" and settings.tolerance is None:
+                settings = replace(settings, tolerance=self._tolerance(num_data))
             if optimizer is None:
                 optimizer, settings = self._default_optimizer(settings)
             self.to(device=device, dtype=settings.dtype)
@@ -267,6 +274,10 @@ class _Questions(nn.Module):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         return Adam(1e-3), settings
+
+    def _tolerance(self, num_data: int) -> float:
+        """Gain of the bound, nats a datum, below which a fit that stops when converged has converged."""
+        return 0.005
 
     def _first_look(
         self,
@@ -939,14 +950,18 @@ class Pair(_Questions):
         return self._model, self._guide
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        schedule = "cosine" if settings.schedule is None else settings.schedule
+        converge = settings.stop == "converged"
+        schedule = "cosine" if settings.schedule is None and not converge else settings.schedule
         written = set(self._guide.modules()) if self.guide_name and isinstance(self._guide, nn.Module) else set()
         found = (getattr(module, "weight", None) for module in self.modules() if module not in written)
         weights = sum(weight.numel() for weight in found if isinstance(weight, Tensor))
         if weights > 1000:  # networks: a rate for a handful of variational parameters would blow them up
             return Adam(1e-3), settings
         bent = isinstance(self._guide, Flow) and len(self._guide.shared) > 0
-        return Adam(0.01 if bent else 0.02), replace(settings, schedule=schedule)
+        return Adam((0.01 if bent else 0.02) * ((2 if bent else 5) if converge else 1)), replace(settings, schedule=schedule)
+
+    def _tolerance(self, num_data: int) -> float:
+        return 0.05 / num_data
 
     def default_objective(self) -> ELBO:
         """The ELBO; guides with many parameters get several draws a step."""

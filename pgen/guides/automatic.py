@@ -71,8 +71,8 @@ class Latent:
         """From a latent site and draws of its prior ``(S, *shape)``, whose median is the starting point."""
         if getattr(term.fn, "has_enumerate_support", False) or term.fn.support.is_discrete:
             raise ValueError(
-                f"latent {term.name!r} is discrete ({type(term.fn).__name__}) with endlessly many values, and automatic guides are "
-                f"continuous: write a guide"
+                f"latent {term.name!r} is discrete ({type(term.fn).__name__}) with endlessly many values, and automatic "
+                f"guides are continuous: write a guide"
             )
         transform = biject_to(term.fn.support)
         start = transform.inv(draws).median(0).values.nan_to_num(0.0, 0.0, 0.0)

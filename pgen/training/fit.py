@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .autopsy import ADVICE
 from .callbacks import Callback
 from .capture import BackgroundCompile, CaptureRefused, CompileFailed, compile_graph
 from .checkpoint import ANY, Checkpoint, check_same, pack, unpack
+from .converge import EVALUATIONS, Average, Converge
 from .interruption import Interruption, Stop
 from .optim import External, from_torch, internal
 from .parallel import Workers
@@ -38,6 +39,8 @@ from .step import CompiledStep, Player, Step, unchanged
 __all__ = ["NonFinite", "Training", "augmented", "fit"]
 
 _TIERS = ("auto", "eager", "graph", "compiled")
+_SAME = ("precision", "clip_norm", "ema", "early_stopping", "stop", "tolerance", "average")
+"""Options that a resumed run must share with the run that it resumes."""
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 BLOCK_SECONDS = 0.2
 """Target length of a block of steps between two looks at the device."""
@@ -81,6 +84,12 @@ class Training:
         validate_every: Steps between validations; None for about 50 in all, never more often than once an epoch.
         max_nonfinite: Non-finite steps in a row before training stops.
         augment: A random function of each batch of x, drawn anew at every step: ``torch.bernoulli`` binarises grey images.
+        stop: ``"steps"`` (when all are done), or ``"converged"``: the learning rate is halved whenever the iterates are
+            stationary (split R-hat below 1.1), training ends when a halving no longer raises the bound, and the mean of the
+            last iterates is kept. The steps are then the most that it may take.
+        tolerance: What a halving must gain under ``stop="converged"``, nats a datum; None for 0.005, or 0.05 nats in all
+            for a pair.
+        average: Steps at the end whose iterates' mean is kept, unless it makes the bound worse.
         unroll: Most steps in one call of compiled code; they share the key of their noise. None to choose by size.
         checkpoint_every: Steps between checkpoints; None for one about every ten seconds, and rarer where writing one takes
             more than a twentieth of the time. The last state is always written, at Ctrl-C and SIGTERM too.
@@ -101,6 +110,9 @@ class Training:
     validate_every: int | None = None
     max_nonfinite: int = 5
     augment: Callable[[Tensor], Tensor] | None = None
+    stop: str = "steps"
+    tolerance: float | None = None
+    average: int | None = None
     unroll: int | None = None
     checkpoint_every: int | None = None
     micro_batches: int | None = None
@@ -116,6 +128,15 @@ class Training:
         check_positive("checkpoint_every", self.checkpoint_every, allow_none=True)
         check_positive("micro_batches", self.micro_batches, allow_none=True)
         check_positive("timeout", self.timeout, integer=False)
+        check_choice("stop", self.stop, ("steps", "converged"))
+        check_positive("tolerance", self.tolerance, allow_none=True, integer=False)
+        check_positive("average", self.average, allow_none=True)
+        if self.stop == "converged" and self.schedule not in (None, "constant"):
+            raise ValueError("stop='converged' lowers the learning rate by itself; leave `schedule` out")
+        if self.ema is not None and (self.average is not None or self.stop == "converged"):
+            raise ValueError(
+                "`ema` is an average of iterates already; leave it out, or leave out `average` and stop='converged'"
+            )
         if self.early_stopping is not None and self.early_stopping != 0:
             check_positive("early_stopping", self.early_stopping)
         if self.ema is not None and not 0 < self.ema < 1:
@@ -354,6 +375,32 @@ class _Loop:
         for schedule in self.schedules.values():
             columns.append(np.array([[float(schedule(int(t), self.total))] for t in steps]))
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.training.dtype).to(self.device)
+
+    def watch(self) -> Average | None:
+        """What looks at the iterates, where that is asked for."""
+        training = self.training
+        if training.stop == "steps" and training.average is None:
+            return None
+        if len(self.step.players) > 1 or self.schedules:
+            raise ValueError("`stop='converged'` and `average` need one loss that does not change from step to step")
+        if self.workers.micro_batches > 1:
+            raise ValueError("`stop='converged'` and `average` need one process and one micro-batch")
+        if training.stop == "steps":
+            return Average(self.step.values, self.fixed_losses, self.total, cast(int, training.average))
+        monitor = Converge(self.step.values, self.fixed_losses, training.tolerance or 0.005)
+        self.rates = [lambda steps: np.full(len(steps), monitor.rate)]
+        return monitor
+
+    def fixed_losses(self) -> Tensor:
+        """Losses at the parameters as they are, on batches and draws that are always the same, ``(M,)``, nats a datum."""
+        losses = []
+        with torch.no_grad(), unchanged(self.step.buffers):
+            for number in range(EVALUATIONS):
+                batch = number % max(1, self.num_data // self.batch_size)
+                self.load(batch, 1)
+                seed_generators(key(self.seed, "fixed", number), self.device)
+                losses.append(self.step.loss(self.index(batch)))
+        return torch.stack(losses)
 
     def learning_rates(self, steps: np.ndarray) -> np.ndarray:
         """The first player's learning rate at some steps (from 0)."""
@@ -606,8 +653,10 @@ class _Trainer:
         self.saved = (0, -1, "")
         self.start = self.saved_time = time.perf_counter()
         self.write_seconds = 0.0
+        self.monitor = loop.watch()
         patience = loop.training.early_stopping
-        self.patience = (20 if validation is not None else 0) if patience is None else patience
+        usual = 20 if validation is not None and self.monitor is None else 0
+        self.patience = usual if patience is None else patience
 
     def train(self) -> None:
         """The whole fit."""
@@ -618,6 +667,8 @@ class _Trainer:
                 self._resume()
                 self._steps()
                 self._save_last()
+                if self.monitor is not None and self.best is None:
+                    self.run.stopped += self.monitor.finish()
                 self.workers.largest(0)  # nobody leaves before everything is written
         finally:
             self.bar.close()
@@ -637,6 +688,8 @@ class _Trainer:
                     self.stopped = self._judge(self._validate())
                 else:
                     self._advance()
+                    if self.monitor is not None:
+                        self.stopped = self.monitor.look(self.done, self.log.history()["loss"])
                 self._save()
         except Stop:
             pass
@@ -668,8 +721,8 @@ class _Trainer:
             "batch_size": loop.batch_size,
             "seed": loop.seed,
             "schedule": schedule,
-            "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules else ANY,
-            **{name: getattr(training, name) for name in ("precision", "clip_norm", "ema", "early_stopping")},
+            "steps": self.plan.steps if schedule not in (None, "constant") or loop.schedules or training.average else ANY,
+            **{name: getattr(training, name) for name in _SAME},
             "validate_every": self.plan.validate_every if self.validation is not None else ANY,
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
             "compile": _kind_of_bits(training),
@@ -717,6 +770,8 @@ class _Trainer:
         if self.best is not None:
             tensors |= {f"best.{i}": t for i, t in enumerate(self.best[1])}
         external = [pack(player.optimizer.state_dict(), "optimizer", tensors) for player in step.players if player.external]
+        watched: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {}) if self.monitor is None else self.monitor.state()
+        tensors |= {f"monitor.{name}": t for name, t in watched[0].items()}
         counters = {
             "done": self.done,
             "skipped": self.skipped,
@@ -727,6 +782,7 @@ class _Trainer:
         metadata = {
             "configuration": self._configuration, "counters": counters, "stopped": self.stopped, "external": external,
             "validation": {n: [v if math.isfinite(v) else None for v in c] for n, c in self.log.validation.items()},
+            "monitor": watched[1],
             "best": None if self.best is None else self.best[0], "metrics": [player.metric_names for player in step.players],
         }  # fmt: skip
         checkpoint.write(tensors, self.log.history(), metadata)
@@ -749,6 +805,9 @@ class _Trainer:
             player.optimizer.load_state_dict(unpack(state, tensors))
         if metadata["best"] is not None:
             self.best = metadata["best"], [tensors[f"best.{i}"].to(v) for i, v in enumerate(self._current())]
+        if self.monitor is not None:
+            found_state = {n.removeprefix("monitor."): t for n, t in tensors.items() if n.startswith("monitor.")}
+            self.monitor.restore(found_state, metadata["monitor"])
         counters = metadata["counters"]
         self.done, self.skipped, self.skipped_in_row = counters["done"], counters["skipped"], counters["skipped_in_row"]
         self.bad_validations, self.start = counters["bad"], self.start - counters["seconds"]
@@ -817,6 +876,7 @@ class _Trainer:
         self._improve()
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
         left = self.plan.steps - self.done
+        left = left if self.monitor is None else min(left, self.monitor.until_look(self.done))
         count = min(self._until_save(), left, until_validation if self.validation is not None else left)
         count = -self.workers.largest(-count)[0]  # clocks differ, blocks must not
         began = time.perf_counter()
@@ -841,11 +901,14 @@ class _Trainer:
         columns: list[list[Tensor]] = []
         i = 0
         while i < count and not (i and self.interruption.received):
-            taken, out = self._call(done + i, count - i, table[i:])
+            most = count - i if self.monitor is None else min(count - i, self.monitor.until_iterate(done + i))
+            taken, out = self._call(done + i, most, table[i:])
             columns = columns or [[] for _ in out]
             for column, value in zip(columns, out):
                 column.append(value)
             i += taken
+            if self.monitor is not None:
+                self.monitor.observe(done + i)
         return i, columns
 
     def _call(self, step: int, limit: int, table: Tensor) -> tuple[int, list[Tensor]]:

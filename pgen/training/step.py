@@ -268,6 +268,13 @@ class Step:
         self._changing = [self.buffers[i] for i in sorted(self._changed)]
         return graph
 
+    def loss(self, index: Tensor | None) -> Tensor:
+        """The only player's loss at the parameters as they are, ``()``, from its graph where there is one."""
+        graph = self._graphs.get((0, -1 if index is None else len(index)))
+        if graph is None:
+            return self.players[0].loss(self.leaves, index, None)[0]
+        return graph(*self.values, *self.buffers, *self.leaves, *([] if index is None else [index]))[0]
+
     def mutable(self) -> list[Tensor]:
         """Everything that a step may change."""
         return [*self.values, *(t for p in self.players for part in p.state for t in part), *self.ema, *self.buffers]
