@@ -41,6 +41,7 @@ from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
 from .evaluation.posterior import by_rows, draw_posterior, draw_predictive, many
 from .evaluation.units import TIERS
 from .guides.automatic import AUTOMATIC, Flow, Latent
+from .ladder import Ladder, climb
 from .objectives import ELBO
 from .programs import (
     DATA_PLATE,
@@ -83,6 +84,9 @@ SAMPLE_ROWS = 1024
 ENCODE_ROWS = 256
 """Most data that ``encode`` takes at a time."""
 
+
+MAX_FULL = 1000
+"""Latents up to which a ladder tries guides with a full matrix."""
 
 MOST_STEPS = 50_000
 """Steps of a fit that stops when converged, unless it is told otherwise."""
@@ -904,7 +908,8 @@ class Pair(_Questions):
         model: A function or module that makes ``pyro.sample`` statements. Rows of data that are to be subsampled lie in
             ``pyro.plate("data", len(y))``.
         guide: A program with the same arguments; one of Pyro's autoguides; or the name of an automatic guide:
-            ``"mean_field"`` (the default), ``"low_rank"``, ``"full_rank"``, ``"flow"``.
+            ``"mean_field"`` (the default), ``"low_rank"``, ``"full_rank"``, ``"flow"``; or ``"ladder"``, with which the first
+            fit climbs these in turn until importance weights can repair one, and ``pair.ladder`` says what it found.
 
     Example:
         >>> import pyro.distributions as dist
@@ -927,9 +932,11 @@ class Pair(_Questions):
             raise TypeError(f"`model` should be a Pyro program (a function or a module), got {type(model).__name__}")
         self.preprocess, self.last_run, self.primed = None, None, False
         self.home = ParameterHome()
+        self.ladder: Ladder | None = None
+        self._before: list[nn.Module] = []  # the rung that the next one starts from
         self.guide_name = "mean_field" if guide is None else guide if isinstance(guide, str) else ""
         if self.guide_name:
-            check_choice("guide", self.guide_name, tuple(AUTOMATIC))
+            check_choice("guide", self.guide_name, (*AUTOMATIC, "ladder"))
         elif not callable(guide):
             raise TypeError(f"`guide` should be a Pyro program or one of {', '.join(AUTOMATIC)}, got {type(guide).__name__}")
         self._model = model
@@ -1009,14 +1016,55 @@ class Pair(_Questions):
             **options: Fields of ``pgen.Training``.
 
         Returns:
-            A Run. The bound is in nats a datum; ``print(run)`` shows the total too.
+            A Run. The bound is in nats a datum; ``print(run)`` shows the total too. With ``guide="ladder"`` it is that of
+            the rung that is kept; each rung is trained until it has converged, or for as many steps as are given.
         """
         batch, source = self._opened(data, batch_size, lambda rows, numbers: self._checked("data", rows, numbers))
-        return self._fit(
-            self._placed(batch), None if validation is None else self._batch("validation", validation), source=source,
-            objective=objective, optimizer=optimizer, epochs=epochs, steps=steps, batch_size=batch_size, seed=seed,
-            checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training, options=options,
-        )  # fmt: skip
+        batch = self._placed(batch)
+        held_out = None if validation is None else self._batch("validation", validation)
+        arguments: dict[str, Any] = {
+            "objective": objective, "optimizer": optimizer, "epochs": epochs, "steps": steps, "batch_size": batch_size,
+            "seed": seed, "checkpoint": checkpoint, "callbacks": callbacks, "progress": progress, "training": training,
+            "options": options, "source": source,
+        }  # fmt: skip
+        if self.guide_name == "ladder":
+            return self._climb(batch, held_out, arguments)
+        return self._fit(batch, held_out, **arguments)
+
+    def _climb(self, batch: Batch, validation: Batch | None, arguments: dict[str, Any]) -> Run:
+        """Fit one rung after another, each from where the one before ended; keep the guide that the ladder chooses."""
+        if arguments["source"] is not None:
+            raise ValueError("guide='ladder' weighs draws on all data at once, so it needs them as arrays, not as a source")
+        if arguments["epochs"] is None and arguments["steps"] is None and arguments["training"] is None:
+            arguments["options"] = {"stop": "converged", **arguments["options"]}
+        folder, kept = arguments["checkpoint"], {}
+
+        def train(name: str) -> Run:
+            self._before = [guide for guide in (self._guide,) if isinstance(guide, nn.Module)]
+            self.guide_name, self._guide, self._shapes, self.home.open = name, None, {}, True
+            where = {} if folder is None else {"checkpoint": Path(folder) / name}
+            run = self._fit(batch, validation, **{**arguments, **where})
+            models = {key: value.clone() for key, value in self.state_dict().items() if not key.startswith("_guide.")}
+            kept[name] = self._guide, self._shapes, run, models
+            return run
+
+        try:
+            self.ladder = climb(tuple(AUTOMATIC), train, lambda n: self.draw(batch, n, arguments["seed"]), self._needless)
+        finally:
+            self._before = []
+        self.guide_name = self.ladder.chosen
+        self._guide, self._shapes, self.last_run, models = kept[self.guide_name]
+        self.load_state_dict(models, strict=False)
+        return cast(Run, self.last_run)
+
+    def _needless(self, name: str) -> str:
+        """Why a rung after the first need not, or cannot, be tried."""
+        size = getattr(self._guide, "size", 0)
+        if size == 0:
+            return "no latent is shared between data, so every guide is the same"
+        if name in ("full_rank", "flow") and size > MAX_FULL:
+            return f"its matrix for {size} latents would be too large"
+        return "one latent has no correlation" if size == 1 and name != "flow" else ""
 
     def _batch(self, argument: str, data: Any) -> Batch:
         return self._placed(self._checked(argument, data))
@@ -1065,7 +1113,10 @@ class Pair(_Questions):
             return _Empty()
         draws = vectorize(lambda: {n: t.value for n, t in run_latents(self._model, batch).items()}, 25)
         made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
-        return cast(nn.Module, AUTOMATIC[self.guide_name](made, num_data))
+        guide = AUTOMATIC[self.guide_name](made, num_data)
+        for before in self._before:
+            guide.start_at(cast(Any, before))
+        return cast(nn.Module, guide)
 
     def _check_divisible(self, micro_batches: int) -> None:
         if self.guide_name not in ("", "mean_field") and len(getattr(self._guide, "tables", [])) > 0:
@@ -1277,6 +1328,8 @@ class Pair(_Questions):
         tensors, metadata = files.read(path)
         if metadata.get("family") != "pair":
             raise ValueError(f"{path} holds the family {metadata.get('family')!r}; use pgen.load(path)")
+        if self.guide_name == "ladder" and metadata["guide"] in AUTOMATIC:
+            self.guide_name = metadata["guide"]
         if metadata["guide"] != self.guide_name:
             raise ValueError(
                 f"{path} was saved with the guide {metadata['guide'] or 'of your own'!r}, this pair has {self.guide_name!r}"

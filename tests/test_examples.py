@@ -63,6 +63,13 @@ def test_eight_schools_compares_four_guides(capsys):
     assert "4.41" in said and "3.60" in said and said.count("±") >= 8
 
 
+def test_ladder_climbs_for_both_parameterisations(capsys):
+    pairs = example("ladder").main(steps=60, num_samples=500, progress=False)
+    said = capsys.readouterr().out
+    assert pairs["centred"].ladder.rungs[0].guide == "mean_field"
+    assert said.count("k-hat") >= 2 and said.count("reference") == 4
+
+
 def test_minibatch_regression_resists_gross_errors(capsys):
     found = example("minibatch_regression").main(rows=300, steps=1000, batch_size=100, num_samples=200, progress=False)
     for mean, sd in found.values():
