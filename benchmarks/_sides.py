@@ -13,7 +13,9 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+HERE = Path(__file__).parent
 ROWS = 10_000  # resident data set of the VAEs
 SCAN = 100  # steps in one lax.scan
 Y = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
@@ -37,15 +39,46 @@ class VAESize:
         return [*itertools.pairwise(encoder), (self.hidden[-1], 2 * self.latent), *itertools.pairwise(decoder)]
 
 
-MODELS: dict[str, VAESize | None] = {
-    "eight_schools": None,
+@dataclass(frozen=True)
+class Program:
+    """A program that is no VAE of the plain kind; its functions carry its name."""
+
+    name: str
+    batch: int | None = None  # rows a step; all of them if None
+
+
+MODELS: dict[str, VAESize | Program] = {
+    "eight_schools": Program("schools"),
+    "radon": Program("radon"),
+    "logistic": Program("logistic"),
+    "nsf_density": Program("density", 256),
+    "vae_flow_guide": Program("flow", 100),
     "vae_b20": VAESize((200, 200), 50, 20),
     "vae_b100": VAESize((200, 200), 50, 100),
     "b32_h32_z2": VAESize((32,), 2, 32, "softplus"),
     "b128_h400_z10": VAESize((400,), 10, 128, "softplus"),
     "b256_h400_z50": VAESize((400,), 50, 256, "softplus"),
 }
+NOT_IN_NUMPYRO = ("nsf_density", "vae_flow_guide")
 SCOREBOARD = ("b32_h32_z2", "b128_h400_z10", "b256_h400_z50")
+
+
+def radon_data():
+    """Radon in 919 houses of 85 counties (Gelman and Hill 2006), from posteriordb's file beside the project."""
+    path = Path(os.environ.get("PGEN_DATA", HERE.parents[1] / "shared" / "data")) / "posteriordb"
+    table = json.loads((path / "radon_mn-radon_hierarchical_intercept_noncentered.json").read_text())["data"]
+    county = [i - 1 for i in table["county_idx"]]
+    return county, table["log_uppm"], table["floor_measure"], table["log_radon"]
+
+
+def logistic_data():
+    """10 000 rows of 50 standard normal covariates, and labels."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, 50)).astype(np.float32)
+    chance = 1 / (1 + np.exp(-x @ rng.standard_normal(50) / 7))
+    return x, (rng.random(ROWS) < chance).astype(np.float32)
 
 
 # ---------------------------------------------------------------- torch: shared parts
@@ -112,6 +145,119 @@ def pyro_schools():
     return model, AutoNormal(model), lambda: (y,)
 
 
+def pyro_radon():
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer.autoguide import AutoNormal
+
+    county, *columns = (torch.tensor(column) for column in radon_data())
+
+    def model(county, uranium, floor, y):
+        mean, spread = pyro.sample("mean", dist.Normal(0.0, 10.0)), pyro.sample("spread", dist.HalfNormal(1.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        slopes = [pyro.sample(name, dist.Normal(0.0, 10.0)) for name in ("uranium", "floor")]
+        with pyro.plate("county", 85):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        level = (mean + spread * z)[county] + slopes[0] * uranium + slopes[1] * floor
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(level, sigma), obs=y)
+
+    return model, AutoNormal(model), lambda: (county, *columns)
+
+
+def pyro_logistic():
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer.autoguide import AutoNormal
+
+    x, y = (torch.from_numpy(column) for column in logistic_data())
+
+    def model(x, y):
+        bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+        weight = pyro.sample("weight", dist.Normal(x.new_zeros(50), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+
+    return model, AutoNormal(model), lambda: (x, y)
+
+
+def spline_flow():
+    """A neural spline flow on 8 features, in zuko's spelling."""
+    import torch
+    import zuko
+
+    torch.manual_seed(0)
+    return zuko.flows.NSF(8, transforms=3, hidden_features=(64, 64))
+
+
+def shuffled(data, batch):
+    """Endless batches of shuffled rows."""
+    import torch
+
+    while True:
+        order = torch.randperm(len(data))
+        for start in range(0, len(data) - batch + 1, batch):
+            yield data[order[start : start + batch]]
+
+
+def spline_rows():
+    import torch
+
+    return torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(0))
+
+
+def pyro_density():
+    import pyro
+    from pyro.contrib.zuko import ZukoToPyro
+
+    flow, batches = spline_flow(), shuffled(spline_rows(), MODELS["nsf_density"].batch)
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", ZukoToPyro(flow()), obs=x)
+
+    return model, lambda x: None, lambda: (next(batches),)
+
+
+def flow_networks():
+    """Networks of the 784-200-200-50 VAE whose posterior is a conditional coupling flow (two affine layers, zuko)."""
+    import torch
+    import zuko
+    from torch import nn
+
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh())
+    decoder = nn.Sequential(nn.Linear(50, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 784))
+    return encoder, zuko.flows.MAF(50, 200, transforms=2, hidden_features=(200,), passes=2), decoder
+
+
+def pyro_flow():
+    import pyro
+    import pyro.distributions as dist
+    from pyro.contrib.zuko import ZukoToPyro
+
+    encoder, posterior, decoder = flow_networks()
+    size = MODELS["vae_b100"]
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 50), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        pyro.module("posterior", posterior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", ZukoToPyro(posterior(encoder(x))))
+
+    batches = shuffled(torch_rows(size), MODELS["vae_flow_guide"].batch)
+    return model, guide, lambda: (next(batches),)
+
+
 def pyro_vae(size):
     import pyro
     import pyro.distributions as dist
@@ -134,13 +280,18 @@ def pyro_vae(size):
     return model, guide, lambda: (next(batches),)
 
 
+def pyro_programs(size):
+    """Model, guide and the function that fetches a step's arguments."""
+    return pyro_vae(size) if isinstance(size, VAESize) else globals()[f"pyro_{size.name}"]()
+
+
 def pyro_side(size, validation):
     import pyro
     from pyro.infer import SVI, Trace_ELBO
 
     pyro.enable_validation(validation)
     pyro.set_rng_seed(0)
-    model, guide, fetch = pyro_vae(size) if size else pyro_schools()
+    model, guide, fetch = pyro_programs(size)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     return loop(lambda: svi.step(*fetch()))
 
@@ -164,6 +315,91 @@ def torch_schools():
         log_joint = log_joint - 0.5 * ((y - mu - tau * theta) / sigma).square().sum() + constant
         log_q = -0.5 * noise.square().sum() - log_scale.sum()
         loss = log_q - log_joint
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss
+
+    return step
+
+
+def torch_radon():
+    import torch
+
+    county, *columns = (torch.tensor(column) for column in radon_data())
+    uranium, floor, y = columns
+    loc, log_scale = torch.zeros(90, requires_grad=True), torch.full((90,), -2.3, requires_grad=True)
+    constant = -90 / 2 * math.log(2 * math.pi)
+    adam = torch.optim.Adam([loc, log_scale], lr=1e-3, fused=True)
+
+    def step():
+        noise = torch.randn(90)
+        u = loc + log_scale.exp() * noise  # mean, two slopes, log spread, log sigma, z
+        spread, sigma = u[3].exp(), u[4].exp()
+        level = (u[0] + spread * u[5:])[county] + u[1] * uranium + u[2] * floor
+        prior = -0.005 * u[:3].square().sum() - 0.5 * (spread.square() + sigma.square()) + u[3] + u[4]
+        prior = prior - 0.5 * u[5:].square().sum() + constant
+        likelihood = -0.5 * ((y - level) / sigma).square().sum() - len(y) * u[4]
+        loss = -0.5 * noise.square().sum() - log_scale.sum() - prior - likelihood
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss
+
+    return step
+
+
+def torch_logistic():
+    import torch
+    from torch.nn import functional as F
+
+    x, y = (torch.from_numpy(column) for column in logistic_data())
+    loc, log_scale = torch.zeros(51, requires_grad=True), torch.full((51,), -2.3, requires_grad=True)
+    adam = torch.optim.Adam([loc, log_scale], lr=1e-3, fused=True)
+
+    def step():
+        noise = torch.randn(51)
+        u = loc + log_scale.exp() * noise
+        kl = 0.5 * u.square().sum() - 0.5 * noise.square().sum() - log_scale.sum()
+        loss = F.binary_cross_entropy_with_logits(x @ u[1:] + u[0], y, reduction="sum") + kl
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss
+
+    return step
+
+
+def torch_density():
+    import torch
+
+    flow, batches = spline_flow(), shuffled(spline_rows(), MODELS["nsf_density"].batch)
+    adam = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
+
+    def step():
+        loss = -flow().log_prob(next(batches)).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss
+
+    return step
+
+
+def torch_flow():
+    import torch
+    from torch.nn import functional as F
+
+    encoder, posterior, decoder = flow_networks()
+    parameters = [p for network in (encoder, posterior, decoder) for p in network.parameters()]
+    adam = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    batches = shuffled(torch_rows(MODELS["vae_b100"]), MODELS["vae_flow_guide"].batch)
+
+    def step():
+        x = next(batches)
+        z, log_q = posterior(encoder(x)).rsample_and_log_prob()
+        kl = (log_q + 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)).sum()
+        loss = (F.binary_cross_entropy_with_logits(decoder(z), x, reduction="sum") + kl) / len(x)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -199,7 +435,7 @@ def torch_side(size):
     import torch
 
     torch.manual_seed(0)
-    return loop(torch_vae(size) if size else torch_schools())
+    return loop(torch_vae(size) if isinstance(size, VAESize) else globals()[f"torch_{size.name}"]())
 
 
 # ---------------------------------------------------------------- NumPyro
@@ -218,7 +454,45 @@ def numpyro_schools():
             theta = numpyro.sample("theta_raw", dist.Normal(0.0, 1.0))
             numpyro.sample("y", dist.Normal(mu + tau * theta, sigma), obs=y)
 
-    return model, AutoNormal(model), y
+    return model, AutoNormal(model), (y,)
+
+
+def numpyro_radon():
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer.autoguide import AutoNormal
+
+    county, *columns = (jnp.array(column) for column in radon_data())
+
+    def model(county, uranium, floor, y):
+        mean, spread = numpyro.sample("mean", dist.Normal(0.0, 10.0)), numpyro.sample("spread", dist.HalfNormal(1.0))
+        sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+        slopes = [numpyro.sample(name, dist.Normal(0.0, 10.0)) for name in ("uranium", "floor")]
+        with numpyro.plate("county", 85):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        level = (mean + spread * z)[county] + slopes[0] * uranium + slopes[1] * floor
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(level, sigma), obs=y)
+
+    return model, AutoNormal(model), (county, *columns)
+
+
+def numpyro_logistic():
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer.autoguide import AutoNormal
+
+    x, y = (jnp.array(column) for column in logistic_data())
+
+    def model(x, y):
+        bias = numpyro.sample("bias", dist.Normal(0.0, 1.0))
+        weight = numpyro.sample("weight", dist.Normal(jnp.zeros(50), 1.0).to_event(1))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+
+    return model, AutoNormal(model), (x, y)
 
 
 def numpyro_vae(size):
@@ -259,12 +533,13 @@ def numpyro_side(size, scan):
     import numpyro
     from numpyro.infer import SVI, Trace_ELBO
 
-    model, guide, data = numpyro_vae(size) if size else numpyro_schools()
+    vae = isinstance(size, VAESize)
+    model, guide, data = numpyro_vae(size) if vae else globals()[f"numpyro_{size.name}"]()
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
-    state = svi.init(jax.random.key(0), data[: size.batch] if size else data)
+    state = svi.init(jax.random.key(0), data[: size.batch]) if vae else svi.init(jax.random.key(0), *data)
 
     def step(state, rows):
-        return svi.update(state, data[rows] if size else data)
+        return svi.update(state, data[rows]) if vae else svi.update(state, *data)
 
     update = jax.jit(step, donate_argnums=0)
     many = jax.jit(lambda state, rows: jax.lax.scan(step, state, rows), donate_argnums=0)
@@ -272,7 +547,7 @@ def numpyro_side(size, scan):
 
     def indices():
         """Rows of the next step; whole epochs are shuffled at a time."""
-        if not size:
+        if not vae:
             return 0
         if not queue:
             queue.extend(rng.permutation(ROWS)[: ROWS // size.batch * size.batch].reshape(-1, size.batch))
@@ -294,12 +569,16 @@ def numpyro_side(size, scan):
 # ---------------------------------------------------------------- pgen
 def pgen_fit(size, tier, callback):
     """Fit the Pyro side's programs without end; the callback takes the turns. Without a guide a pair gets a mean-field one."""
-    import torch
-
     import pgen
 
-    model, guide = pyro_vae(size)[:2] if size else (pyro_schools()[0], None)
-    data, batch = (torch_rows(size), size.batch) if size else (torch.tensor(Y), None)
+    model, guide, fetch = pyro_programs(size)
+    if isinstance(size, VAESize):
+        data = torch_rows(size)
+    elif size.batch is None:
+        data, guide = fetch(), None
+    else:
+        data = spline_rows() if size.name == "density" else torch_rows(MODELS["vae_b100"])
+    batch = size.batch
     optimizer = pgen.training.Adam(lr=1e-3)
     options = {"steps": 10**12, "batch_size": batch, "compile": tier, "progress": False}
     with contextlib.suppress(NoMoreTurns):
