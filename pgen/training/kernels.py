@@ -1,5 +1,8 @@
 r"""The faster matrix product.
 
+The compiler writes matrix-vector products as loops of its own, several times slower than a library's: they stay calls,
+as the operator ``pgen::mv``.
+
 On AMD processors torch's products run through MKL at about 45 % of what oneDNN reaches on the same core. In a captured graph
 every large float32 product on such a CPU goes to oneDNN, as the operator ``pgen::linear``, which the compiler leaves alone.
 The rule depends on the machine and the shape alone, never on a measurement, so that equal runs give equal bits; results
@@ -20,6 +23,7 @@ __all__ = ["faster_products"]
 
 _LIBRARY = torch.library.Library("pgen", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("mv(Tensor matrix, Tensor vector) -> Tensor")
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -31,8 +35,22 @@ def _linear_meta(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 _LIBRARY.impl("linear", _linear, "CPU")
-_LIBRARY.impl("linear", _linear_meta, "Meta")
 
+
+def _mv(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return torch.mv(matrix, vector)
+
+
+def _mv_meta(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return vector.new_empty(matrix.shape[0])
+
+
+_LIBRARY.impl("linear", _linear_meta, "Meta")
+_LIBRARY.impl("mv", _mv, "CPU")
+_LIBRARY.impl("mv", _mv_meta, "Meta")
+
+ENOUGH_ELEMENTS = 5_000
+"""Elements of a matrix above which a library's matrix-vector product beats the compiler's own loop."""
 ENOUGH_PRODUCTS = 1_500_000
 """Multiplications below which oneDNN's overhead outweighs its speed."""
 
@@ -46,7 +64,8 @@ def _prefers_onednn() -> bool:
 
 
 def faster_products(graph: fx.GraphModule) -> None:
-    """Rewrite ``mm`` and ``addmm`` in place where oneDNN is faster."""
+    """Rewrite ``mm`` and ``addmm`` in place where oneDNN is faster, and keep ``mv`` from being compiled to a slow loop."""
+    _keep_matrix_vector(graph)
     if not _prefers_onednn():
         return
     aten = torch.ops.aten
@@ -63,6 +82,15 @@ def faster_products(graph: fx.GraphModule) -> None:
             product.meta = dict(node.meta)
         node.replace_all_uses_with(product)
         graph.graph.erase_node(node)
+
+
+def _keep_matrix_vector(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.aten.mv.default:
+            value = _value(node.args[0])
+            cpu = getattr(value, "device", torch.device("cpu")).type == "cpu"
+            if value is not None and cpu and math.prod(value.shape) >= ENOUGH_ELEMENTS:
+                node.target = torch.ops.pgen.mv.default
 
 
 def _copy_meta(weight: fx.Node, right: Any) -> None:

@@ -206,7 +206,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _PRODUCTS:
+        if func is torch.ops.pgen.mv.default:
+            matrix, vector = args
+            self.calls.append((1, {}, (result.unsqueeze(1), matrix, vector.unsqueeze(1))))
+        elif func in _PRODUCTS:
             self.calls.append((_PRODUCTS[func], kwargs, (result, *args)))
         elif not (func.is_view or func in _HARMLESS):
             raise NotNative(f"{func} runs outside inductor's kernels")
