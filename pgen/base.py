@@ -3,6 +3,7 @@ r"""The contract that every family and every user's pair fulfils, bound to train
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -238,7 +239,7 @@ class _Questions(nn.Module):
                 with keyed_rng(key(seed, "prime"), device):
                     self.prime(data)
                 self.primed = True
-            objective = objective or self.default_objective()
+            objective = _with_own_state(objective or self.default_objective(), device, settings.dtype)
             self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
             if settings.stop == "converged" and settings.tolerance is None:
                 settings = replace(settings, tolerance=self._tolerance(num_data))
@@ -323,7 +324,8 @@ class _Questions(nn.Module):
         games = dict(getattr(objective, "players", {})) or {"": objective}
         with torch.enable_grad():
             losses = [self.loss(part, batch, scalars)[0] for part in games.values()]
-        owned = {id(p) for p in self.parameters()}
+        state = getattr(objective, "state", None) or nn.Module()
+        owned = {id(p) for p in (*self.parameters(), *state.parameters())}
         for leaf in (leaf for loss in losses for leaf in _leaves(loss)):
             if id(leaf) not in owned:
                 raise ValueError(
@@ -364,6 +366,15 @@ class _Questions(nn.Module):
 def _refuse_source(argument: str, data: Any) -> None:
     if is_source(data):
         raise TypeError(f"`{argument}` is a data source, which only fit reads; give some of its rows: source.rows(indices)")
+
+
+def _with_own_state(objective: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The objective with a copy of its state, so that each fit starts from what was given."""
+    if getattr(objective, "state", None) is None:
+        return objective
+    objective = copy.deepcopy(objective)
+    objective.state.to(device, dtype)
+    return objective
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
@@ -32,6 +32,7 @@ from .enumeration import Marginal, enumerating, is_finite, marginals
 
 __all__ = [
     "DATA_PLATE",
+    "At",
     "ParameterHome",
     "PlateSize",
     "Term",
@@ -43,6 +44,7 @@ __all__ = [
     "closure_modules",
     "current_rows",
     "draw",
+    "draw_guide",
     "held",
     "innermost",
     "isolated",
@@ -451,14 +453,16 @@ def held(guide: Callable[..., Any], batch: Batch, values: dict[str, Any], *, dou
         return _terms(_trace(guide, batch), double)
 
 
-class Given(Protocol):
-    """A handler that gives sample sites the values that it holds by name."""
+class At(Messenger):
+    """Runs a program at given values of its sample sites."""
 
-    values: dict[str, Any]
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
 
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *args: Any) -> Any: ...
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not site_is_subsample(msg):
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class _Again(Messenger):
@@ -511,10 +515,24 @@ def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = Fal
     return _terms(_trace(program, batch), double)
 
 
-def run_model(model: Callable[..., Any], batch: Batch, given: Given, *, double: bool = False) -> dict[str, Term]:
+def run_model(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor], *, double: bool = False) -> dict[str, Term]:
     """Run a model at given values, other discrete latents summed out; inside ``isolated``."""
-    with given, enumerating(given.values):
+    with At(values), enumerating(values):
         return _model_terms(_trace(model, batch), double)
+
+
+def draw_guide(guide: Callable[..., Any], batch: Batch, num_samples: int) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """Draws of all sites of a guide ``(S, *shape)``, and the data axis of each, from the right (None outside the plate)."""
+    axes: dict[str, int | None] = {}
+
+    def once() -> dict[str, Tensor]:
+        sites = dict(_sites(_trace(guide, batch)))
+        for name, site in sites.items():
+            frames = (f.dim - site["fn"].event_dim for f in site["cond_indep_stack"] if f.name == DATA_PLATE)
+            axes[name] = next(frames, None)
+        return {name: site["value"] for name, site in sites.items()}
+
+    return vectorize(once, num_samples), axes
 
 
 def run_latents(model: Callable[..., Any], batch: Batch) -> dict[str, Term]:

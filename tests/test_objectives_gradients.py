@@ -151,7 +151,7 @@ def test_the_gradient_has_no_variance_at_the_posterior(make, particles):
     assert float(gradient(ELBO(particles), model, guide, x, len(x), parameters).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("guide", ["mean_field"])
+@pytest.mark.parametrize("guide", ["mean_field", "full_rank", "flow"])
 def test_automatic_guides_stick_the_landing(guide):
     def model(y):
         a = pyro.sample("a", dist.Normal(y.new_tensor(0.4), 1.5))
@@ -177,7 +177,7 @@ def test_automatic_guides_stick_the_landing(guide):
     for objective, still in ((ELBO(sticking_the_landing=True), True), (ELBO(), False)):
         loss, _ = pair.loss(objective, y, scalars)
         grads = torch.autograd.grad(loss, list(pair.parameters()), allow_unused=True)
-        assert (max(float(g.abs().max()) for g in grads if g is not None) < 1e-12) == still
+        assert (max(float(g.abs().max()) for g in grads if g is not None) < 1e-11) == still
 
 
 def mismatched():

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..contracts import Batch
 from ..data.batches import key
-from ..programs import DATA_PLATE, Term, batch_length, keyed_rng, rows_at, run_model, run_program, vectorize
+from ..programs import DATA_PLATE, At, Term, batch_length, keyed_rng, rows_at, run_model, run_program, vectorize
 from ..training.progress import Progress
 from .units import QUIET_SECONDS, Deal, Unit, device_of, opened, rows_of
 
@@ -29,18 +27,6 @@ UNIT_DRAWS = 64
 """Most draws of a unit."""
 UNIT_NUMBERS = 4_000_000
 """Numbers of the data, times draws, in a unit: with the rows this bounds memory, and is part of what keys the noise."""
-
-
-class At(Messenger):
-    """Runs a program at given values of its sample sites."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not site_is_subsample(msg):
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def take(batch: Batch, rows: slice | Tensor) -> Batch:
@@ -157,7 +143,7 @@ def log_joint(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor]
     """log p(x, z) for each draw and row, at given draws of z."""
 
     def at(z: dict[str, Tensor]) -> Tensor:
-        return _sum_rows(run_model(model, batch, At(z), double=True), batch_length(batch))
+        return _sum_rows(run_model(model, batch, z, double=True), batch_length(batch))
 
     return each(at, values) if values else at({})[None]
 

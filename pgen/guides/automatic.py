@@ -305,10 +305,15 @@ class FullRank(_Joint):
         mixed = noise + torch.tril(self.lower, -1) @ noise
         return self.loc + self.log_scale.exp() * mixed, self.log_scale.sum()
 
+    def preimage(self, joint: Tensor) -> Tensor:
+        """The noise behind unconstrained latents: the inverse of ``bijection``."""
+        mixed = ((joint - self.loc) / self.log_scale.exp()).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.lower, mixed, upper=False, unitriangular=True).squeeze(-1)
+
     def joint(self) -> Tensor:
         """Draw the noise and state its image."""
         standard = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
-        noise = pyro.sample("_noise", standard, infer={"is_auxiliary": True})
+        noise = pyro.sample("_noise", standard, infer={"is_auxiliary": True, "preimage": ("_joint", self.preimage)})
         joint, log_det = self.bijection(noise)
         infer = {"is_auxiliary": True, "is_change_of_variables": True}
         return pyro.sample("_joint", dist.Delta(joint, log_density=-log_det, event_dim=1), infer=infer)
@@ -350,6 +355,10 @@ class Flow(FullRank):
         bent, log_det = self.flow.transform().call_and_ladj(noise)  # type: ignore[operator]
         joint, log_det_affine = super().bijection(bent)
         return joint, log_det + log_det_affine
+
+    def preimage(self, joint: Tensor) -> Tensor:
+        """The noise behind unconstrained latents, in D passes of each transform."""
+        return self.flow.transform().inv(super().preimage(joint))  # type: ignore[operator]
 
 
 AUTOMATIC: dict[str, Callable[[list[Latent], int], _Automatic]] = {

@@ -5,7 +5,7 @@ None calls ``.item()``: a whole training step can be captured into one graph.
 
 from .baselines import DecayingAverage
 from .elbo import ELBO, Objective
-from .multisample import IWAE
+from .multisample import IWAE, VIMCO, DReG, Renyi
 from .schedules import Cyclical, Linear, Schedule
 
-__all__ = ["ELBO", "IWAE", "Cyclical", "DecayingAverage", "Linear", "Objective", "Schedule"]
+__all__ = ["ELBO", "IWAE", "VIMCO", "Cyclical", "DReG", "DecayingAverage", "Linear", "Objective", "Renyi", "Schedule"]

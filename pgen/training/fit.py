@@ -250,6 +250,16 @@ def augmented(batch: Batch, augment: Callable[[Tensor], Tensor] | None) -> Batch
     return (augment(batch[0]), *batch[1:]) if isinstance(batch, tuple) else augment(batch)
 
 
+def _trained(state: nn.Module | None) -> list[nn.Parameter]:
+    """Parameters of an objective's own state, trained beside the model's."""
+    return [] if state is None else [p for p in state.parameters() if p.requires_grad]
+
+
+def _buffers(objective: Any) -> list[Tensor]:
+    state = getattr(objective, "state", None)
+    return [] if state is None else list(state.buffers())
+
+
 class _Loop:
     """State of one fit."""
 
@@ -286,7 +296,7 @@ class _Loop:
         self.optimizer = players[0].optimizer
         self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in players]
         self.step = Step(
-            players, target.changing(), self.tensors(), scheduled=len(self.schedules),
+            players, target.changing() + _buffers(objective), self.tensors(), scheduled=len(self.schedules),
             clip_norm=training.clip_norm, ema=training.ema,
         )  # fmt: skip
         self.noise_key = key(seed, "noise")
@@ -305,7 +315,7 @@ class _Loop:
             )
         players = []
         for name, part in games.items():
-            params = self.target.trainable(name)
+            params = self.target.trainable(name) + _trained(getattr(part, "state", None))
             own = from_torch(optimizers[name])
             if isinstance(own, External):
                 own.bind(params)
