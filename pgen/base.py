@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -117,6 +117,37 @@ class _Questions(nn.Module):
         return {"seed": as_seed(seed), "held": held, "compile": compile, "progress": progress}
 
     # -- what the training loop asks for ------------------------------------------------------------------------------
+
+    def _batch(self, argument: str, data: Any) -> Batch:
+        """What a question is asked of, checked."""
+        raise NotImplementedError
+
+    def _ready(self, batch: Batch, *, any_rows: bool = False) -> None:
+        """Whatever a question needs first."""
+
+    def gradients(
+        self, data: Any, objective: Any = None, *, num_repeats: int = 1, seed: Seed = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the loss on all of ``data`` by parameter, one dict a repeat, under independent noise.
+
+        Args:
+            data: What ``fit`` takes; with a context, a dict of x and context.
+            objective: An objective (scheduled numbers have their last value); the default one if None.
+            num_repeats: How many.
+            seed: Keys the noise.
+        """
+        batch = self._batch("data", data)
+        self._ready(batch)
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        first = next(iter(named.values()))
+        objective = _with_own_state(objective or self.default_objective(), first.device, first.dtype)
+        last = {name: first.new_tensor(schedule(1, 1)) for name, schedule in getattr(objective, "schedules", {}).items()}
+        scalars = {"num_data": float(batch_length(batch)), **last}
+        for number in range(num_repeats):
+            with keyed_rng(key(as_seed(seed), "gradients", number), first.device), rows_at(None), torch.enable_grad():
+                loss, _ = self.loss(objective, batch, scalars)
+                found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            yield {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found)}
 
     def trainable(self, player: str = "") -> list[nn.Parameter]:
         """Parameters to train: all, or those that have ``player`` as a part of their dotted name."""
@@ -592,7 +623,7 @@ class GenerativeModel(_Questions, PyroModule):
             options=options,
         )  # fmt: skip
 
-    def _batch(self, argument: str, x: Any, context: Any) -> dict[str, Tensor]:
+    def _batch(self, argument: str, x: Any, context: Any = None) -> dict[str, Tensor]:
         """Checked x and context, in the model's dtype and on its device."""
         return self._placed(self._checked(argument, x, context))
 

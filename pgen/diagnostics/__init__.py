@@ -4,6 +4,7 @@ from .claims import Claim
 from .convergence import Plateau, plateau
 from .convert import to_datatree
 from .figures import plot_posterior_error, plot_weights
+from .gradients import GradientSNR, gradient_snr
 from .importance import good_khat, importance_ess, importance_resample, pareto_khat, posterior_error, psis, psis_expectation
 from .predictive import ppc
 from .report import Fitted, Report, report
@@ -11,9 +12,11 @@ from .report import Fitted, Report, report
 __all__ = [
     "Claim",
     "Fitted",
+    "GradientSNR",
     "Plateau",
     "Report",
     "good_khat",
+    "gradient_snr",
     "importance_ess",
     "importance_resample",
     "pareto_khat",
