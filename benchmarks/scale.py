@@ -174,7 +174,7 @@ def process_table(folder):
     """One, two and four processes on one machine."""
     import numpy as np
 
-    yield "| mode | processes | wall ms a step | CPU ms a step, first process | largest relative difference of loss | parameters |"
+    yield "| mode | processes | wall ms a step | its CPU ms a step | largest relative change of loss | parameters |"
     yield "|---|---:|---:|---:|---:|---|"
     for mode in ("fast", "exact"):
         first = None
@@ -212,8 +212,8 @@ def page(folder, repeats):
     grown = json.loads(ask("memory", folder))
     yield "## Memory"
     yield ""
-    yield f"2000 steps of 320 random rows of a 2 GB file (640 000 x 784): memory that is no file's grew by {grown['growth']:.0f} MB"
-    yield f"in all, capture and optimizer included, and by {grown['late']:.0f} MB after step 200."
+    yield "2000 steps of 320 random rows of a 2 GB file (640 000 x 784): memory that is no file's grew by"
+    yield f"{grown['growth']:.0f} MB in all, capture and optimizer included, and by {grown['late']:.0f} MB after step 200."
     yield ""
     yield "## One, two and four processes, gloo, one script under torchrun"
     yield ""
