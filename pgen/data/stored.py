@@ -353,10 +353,13 @@ class Feed:
     def _fill(self, block: int) -> None:
         steps = range(block * self.span, (block + 1) * self.span)
         numbers = [self.batches.indices(step) for step in steps]
-        slots = [self._slots[step % len(self._slots)] for step in steps]
-        parts = [self._share(len(n)) for n in numbers]
-        rows = torch.cat([n[part] for n, part in zip(numbers, parts)])
-        places = torch.cat([s[: len(n)][part] for s, n, part in zip(slots, numbers, parts)])
+        places: Any = slice(block % RING * self.span * self._size, (block % RING + 1) * self.span * self._size)
+        if self._share is not slice or any(len(n) < self._size for n in numbers):
+            slots = [self._slots[step % len(self._slots)][: len(n)] for step, n in zip(steps, numbers)]
+            parts = [self._share(len(n)) for n in numbers]
+            numbers = [n[part] for n, part in zip(numbers, parts)]
+            places = torch.cat([s[part] for s, part in zip(slots, parts)])
+        rows = torch.cat(numbers)
         if not len(rows):
             return
         batch = self.source.rows(rows)
@@ -364,7 +367,7 @@ class Feed:
             self._events[block % RING].synchronize()
         for into, leaf in zip(tree_leaves(self._host), tree_leaves((batch, rows))):
             if isinstance(into, Tensor):
-                into.index_copy_(0, places, leaf.to(into.dtype))
+                into[places] = leaf.to(into.dtype)
 
     def _to_device(self, slot: int) -> None:
         size = self.span * self._size

@@ -282,7 +282,8 @@ class _Loop:
         self.data = data
         self.feed = None
         if is_source(data):
-            self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype, share=workers.share)
+            share = workers.share if workers.world > 1 else None
+            self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype, share=share)
         self.leaves, self.spec = tree_flatten(data if self.feed is None else self.feed.resident)
         self.sliced = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         self.resident_rows = len(self.leaves[self.sliced[0]])
