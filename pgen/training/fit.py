@@ -30,6 +30,7 @@ from .capture import BackgroundCompile, CaptureRefused, CompileFailed, compile_g
 from .checkpoint import ANY, Checkpoint, check_same, pack, unpack
 from .converge import EVALUATIONS, Average, Converge
 from .interruption import Interruption, Stop
+from .kernels import by_rule
 from .optim import External, from_torch, internal
 from .parallel import Workers
 from .progress import Progress
@@ -629,7 +630,7 @@ def fit(
     )
     run.num_data, run.seed = num_data, seed
     trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint, run)
-    with keyed_rng(key(seed, "fit"), loop.device), trainer.interruption:
+    with keyed_rng(key(seed, "fit"), loop.device), by_rule(training.deterministic), trainer.interruption:
         try:
             trainer.train()
         finally:

@@ -1,25 +1,35 @@
 r"""The faster matrix product.
 
+On AMD processors torch's products run through MKL at about 45 % of what oneDNN reaches on the same core; elsewhere either may
+win. In a captured graph every float32 product on the CPU that is large enough to matter is measured in both libraries, once
+for each shape and layout on a machine, and goes to the faster: to oneDNN as the operator ``pgen::linear``, which the compiler
+leaves alone. The choices are remembered between processes, so that equal runs on a machine give equal bits; where bits must
+not depend on what was measured when (``deterministic=True``), a rule of machine and shape decides instead. Results of the two
+libraries differ by rounding (1e-5, relative).
+
 The compiler writes matrix-vector products as loops of its own, several times slower than a library's: they stay calls,
 as the operator ``pgen::mv``.
-
-On AMD processors torch's products run through MKL at about 45 % of what oneDNN reaches on the same core. In a captured graph
-every large float32 product on such a CPU goes to oneDNN, as the operator ``pgen::linear``, which the compiler leaves alone.
-The rule depends on the machine and the shape alone, never on a measurement, so that equal runs give equal bits; results
-differ from MKL's by rounding (1e-5, relative).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["faster_products"]
+__all__ = ["by_rule", "faster_products"]
 
 _LIBRARY = torch.library.Library("pgen", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -51,22 +61,45 @@ _LIBRARY.impl("mv", _mv_meta, "Meta")
 
 ENOUGH_ELEMENTS = 5_000
 """Elements of a matrix above which a library's matrix-vector product beats the compiler's own loop."""
-ENOUGH_PRODUCTS = 1_500_000
-"""Multiplications below which oneDNN's overhead outweighs its speed."""
+ENOUGH_PRODUCTS = 300_000
+"""Multiplications below which a product is not worth a measurement."""
+RULE_PRODUCTS = 1_500_000
+"""Multiplications above which the rule takes oneDNN on an AMD processor."""
+WORTH = 0.95
+"""oneDNN is taken where its time is below this share of MKL's."""
+
+_BY_RULE = [False]
+
+
+@contextmanager
+def by_rule(active: bool = True) -> Iterator[None]:
+    """Decide by machine and shape alone inside."""
+    _BY_RULE.append(active)
+    try:
+        yield
+    finally:
+        _BY_RULE.pop()
 
 
 @functools.cache
-def _prefers_onednn() -> bool:
-    """Whether this machine's MKL takes its slow path: an AMD processor with both libraries."""
+def _cpu_info() -> str:
+    """What Linux says of the first processor: maker, family, model."""
     info = Path("/proc/cpuinfo")
-    amd = info.exists() and "AuthenticAMD" in info.read_text(errors="ignore")[:20_000]
-    return amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    lines = info.read_text(errors="ignore")[:20_000].splitlines() if info.exists() else [platform.processor()]
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    first = {line.split(":")[0].strip(): line for line in reversed(lines)}
+    return " ".join(first.get(name, "") for name in names) or lines[0]
+
+
+def _prefers_onednn() -> bool:
+    """Whether this machine's MKL takes its slow path: an AMD processor."""
+    return "AuthenticAMD" in _cpu_info()
 
 
 def faster_products(graph: fx.GraphModule) -> None:
-    """Rewrite ``mm`` and ``addmm`` in place where oneDNN is faster, and keep ``mv`` from being compiled to a slow loop."""
+    """Rewrite ``mm`` and ``addmm`` where oneDNN is faster, and keep ``mv`` from being compiled to a slow loop."""
     _keep_matrix_vector(graph)
-    if not _prefers_onednn():
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
@@ -74,6 +107,8 @@ def faster_products(graph: fx.GraphModule) -> None:
             continue
         bias, left, right = (None, *node.args) if node.target is aten.mm.default else node.args
         if not _large(left, right) or node.kwargs or not _plain_bias(bias, right):
+            continue
+        if not _onednn_is_faster(_value(left), _value(right), bias is not None):
             continue
         with graph.graph.inserting_before(node):
             weight = graph.graph.call_function(aten.t.default, (right,))
@@ -91,6 +126,66 @@ def _keep_matrix_vector(graph: fx.GraphModule) -> None:
             cpu = getattr(value, "device", torch.device("cpu")).type == "cpu"
             if value is not None and cpu and math.prod(value.shape) >= ENOUGH_ELEMENTS:
                 node.target = torch.ops.pgen.mv.default
+
+
+def _onednn_is_faster(left: Any, right: Any, bias: bool) -> bool:
+    if _BY_RULE[-1]:
+        return _prefers_onednn() and math.prod(left.shape) * right.shape[1] >= RULE_PRODUCTS
+    key = f"{_layout(left)} {_layout(right)} {int(bias)}"
+    known = _choices()
+    if key not in known:
+        known[key] = _measure(left, right, bias)
+        _remember(known)
+    return known[key]
+
+
+def _layout(value: Any) -> str:
+    return f"{tuple(value.shape)}{tuple(_strides(value))}"
+
+
+def _strides(value: Any) -> tuple[int, ...]:
+    return tuple(value.stride() if callable(value.stride) else value.stride)
+
+
+def _measure(left: Any, right: Any, bias: bool) -> bool:
+    """Whether oneDNN is faster on operands of these shapes: the best of some alternating trials."""
+    a, b = (torch.empty_strided(tuple(v.shape), _strides(v)).fill_(0.5) for v in (left, right))
+    c = torch.zeros(b.shape[1]) if bias else None
+    mkl = (lambda: torch.mm(a, b)) if c is None else (lambda: torch.addmm(c, a, b))
+    times = [math.inf, math.inf]
+    for trial in range(12):
+        for i, product in enumerate((mkl, lambda: _linear(a, b.t(), c))):
+            start = time.perf_counter()
+            product()
+            if trial >= 2:
+                times[i] = min(times[i], time.perf_counter() - start)
+    return times[1] < WORTH * times[0]
+
+
+@functools.cache
+def _choices() -> dict[str, bool]:
+    """What earlier processes measured on this machine with as many threads."""
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, bool)} if isinstance(found, dict) else {}
+
+
+def _file() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    machine = f"{platform.machine()} {_cpu_info()} {torch.__version__} {torch.get_num_threads()}"
+    return Path(cache_dir()) / f"pgen-products-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def _remember(choices: dict[str, bool]) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
+        path = _file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(choices))
+        os.replace(fresh, path)
 
 
 def _copy_meta(weight: fx.Node, right: Any) -> None:
