@@ -8,6 +8,7 @@ from typing import Any
 from . import data, models, objectives, training
 from .base import GenerativeModel, Pair, load
 from .contracts import Draws, NotAvailable, Run, Score
+from .multistart import Restarts, multistart
 from .objectives import ELBO, IWAE
 from .training import Training
 
@@ -18,6 +19,7 @@ __all__ = [
     "GenerativeModel",
     "NotAvailable",
     "Pair",
+    "Restarts",
     "Run",
     "Score",
     "Training",
@@ -25,6 +27,7 @@ __all__ = [
     "diagnostics",
     "load",
     "models",
+    "multistart",
     "objectives",
     "plots",
     "training",

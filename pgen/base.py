@@ -975,6 +975,7 @@ class Pair(_Questions):
         self.preprocess, self.last_run, self.primed = None, None, False
         self.home = ParameterHome()
         self.ladder: Ladder | None = None
+        self.prior_draws = 25  # whose median an automatic guide starts at
         self._before: list[nn.Module] = []  # the rung that the next one starts from
         self.guide_name = "mean_field" if guide is None else guide if isinstance(guide, str) else ""
         if self.guide_name:
@@ -1153,7 +1154,7 @@ class Pair(_Questions):
             raise _one_line(error) from error
         if not latents:
             return _Empty()
-        draws = vectorize(lambda: {n: t.value for n, t in run_latents(self._model, batch).items()}, 25)
+        draws = vectorize(lambda: {n: t.value for n, t in run_latents(self._model, batch).items()}, self.prior_draws)
         made = [Latent.from_term(term, draws[term.name], minibatch) for term in latents]
         guide = AUTOMATIC[self.guide_name](made, num_data)
         for before in self._before:

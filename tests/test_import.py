@@ -28,6 +28,7 @@ ROWS = [
     {"diagnostics"},
     {"ladder"},
     {"base"},
+    {"multistart"},
     {"models"},
     {"runs"},
     {"cli"},
