@@ -9,7 +9,8 @@ import torch
 from cases import state
 
 import pgen
-from pgen.training.converge import Iterates, iterate_ess, split_rhat
+from pgen.diagnostics import iterate_ess, split_rhat
+from pgen.training.converge import Iterates
 
 Y = torch.tensor([1.0, 2.0, 4.0, -1.0], dtype=torch.float64)
 QUICK = {"compile": "graph", "progress": False, "precision": "float64"}

@@ -1,7 +1,7 @@
 """Is the fit to be believed? Importance weights, predictive checks, and a report that also says what it did not look at."""
 
 from .claims import Claim
-from .convergence import Plateau, plateau
+from .convergence import Plateau, iterate_ess, plateau, split_rhat
 from .convert import to_datatree
 from .figures import plot_posterior_error, plot_weights
 from .gradients import GradientSNR, gradient_snr
@@ -19,6 +19,7 @@ __all__ = [
     "gradient_snr",
     "importance_ess",
     "importance_resample",
+    "iterate_ess",
     "pareto_khat",
     "plateau",
     "plot_posterior_error",
@@ -28,5 +29,6 @@ __all__ = [
     "psis",
     "psis_expectation",
     "report",
+    "split_rhat",
     "to_datatree",
 ]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgen.contracts import Run
+from pgen.training.converge import iterate_ess, split_rhat
 
-__all__ = ["Plateau", "plateau"]
+__all__ = ["Plateau", "iterate_ess", "plateau", "split_rhat"]
 
 _MIN_ENTRIES = 20  # finite losses in each half of the window: fewer make no error estimate
 _LR_CHANGE = 1.05
