@@ -481,3 +481,41 @@ def test_schedules_are_checked():
         Linear(0, -1)
     with pytest.raises(ValueError, match="`ramp` is the share"):
         Cyclical(ramp=0)
+
+
+# --- tiers ---------------------------------------------------------------------------------------------------------------
+
+
+def _fit(objective, tier, guide=None):
+    if guide is None:
+        pair, x = seeded(linear_gaussian), torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    else:
+        pair = pgen.Pair(_positive, guide)
+        x = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    run = pair.fit(x, objective=objective, steps=3, batch_size=5, compile=tier, unroll=1, progress=False)
+    assert run.tier == tier
+    return torch.cat([p.detach().reshape(-1) for p in pair.parameters()])
+
+
+def _positive(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a, b.sum()), obs=y)
+
+
+ALL = ELBO(2, sticking_the_landing=True, analytic_kl=True, kl_weight=Linear(0, 1, 2), free_bits=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("objective", "guide"),
+    [(STL, None), (ELBO(analytic_kl=True), None), (ELBO(free_bits=0.5), None), (ALL, None)]
+    + [(ELBO(2, sticking_the_landing=True), guide) for guide in ("mean_field", "low_rank", "full_rank", "flow")],
+    ids=["landing", "closed", "floor", "all", "mean_field", "low_rank", "full_rank", "flow"],
+)
+def test_the_tiers_agree(objective, guide):
+    eager = _fit(objective, "eager", guide)
+    assert torch.equal(eager, _fit(objective, "graph", guide))
+    if objective is ALL:
+        torch.testing.assert_close(_fit(objective, "compiled"), eager, rtol=1e-4, atol=1e-5)
