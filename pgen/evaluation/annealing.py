@@ -228,7 +228,7 @@ class _Path:
 
     def _at(self, values: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         rows = batch_length(batch) if self.by_rows else 1
-        terms = run_model(self.model, batch, At(values), double=True).values()
+        terms = run_model(self.model, batch, values, double=True).values()
         known = [t for t in terms if not t.observed]
         if self.initial == "guide":
             with At(values):
