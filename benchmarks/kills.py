@@ -97,11 +97,12 @@ def whole(folder: Path, tier: str, size: str) -> tuple[bytes, float]:
     return (folder / "bits").read_bytes(), time.perf_counter() - began
 
 
-def kill(process: subprocess.Popen[str], folder: Path, delay: float, inside: bool) -> bool | None:
-    """Kill after a while, or a while into the next save: whether a save was under way, None if training had ended."""
-    deadline = time.perf_counter() + 60.0
-    while inside and not saving(folder) and process.poll() is None and time.perf_counter() < deadline:
-        time.sleep(0.0005)
+def kill(process: subprocess.Popen[str], folder: Path, delay: float, saves: int) -> bool | None:
+    """Kill after a while, or a while into a later save: whether a save was under way, None if training had ended."""
+    for _ in range(saves):
+        for wanted in (False, True):
+            while saving(folder) != wanted and process.poll() is None:
+                time.sleep(0.0005)
     time.sleep(delay)
     was_saving = saving(folder)
     process.send_signal(signal.SIGKILL)
@@ -115,7 +116,7 @@ def attack(folder: Path, tier: str, size: str, kills: int, seconds: float, choos
     while outcome.kills < kills:
         process = start(folder, tier, size)
         delay = choose.uniform(0.0, 0.4) if size == "large" else choose.uniform(0.0, 1.5 * seconds / kills)
-        was_saving = kill(process, folder, delay, inside=size == "large")
+        was_saving = kill(process, folder, delay, saves=choose.randint(1, 4) if size == "large" else 0)
         if was_saving is None:
             break
         outcome.kills += 1

@@ -1,6 +1,7 @@
 """Steps that are not finite: they change nothing, are counted, and after a few in a row the fit says what went wrong."""
 
 import math
+import sys
 
 import numpy as np
 import pyro
@@ -14,6 +15,7 @@ import pgen
 from pgen.models import VAE
 from pgen.training import SGD, Adam, NonFinite
 
+LOOP = sys.modules["pgen.training.fit"]
 INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
 X = torch.randn(11, 3, generator=torch.Generator().manual_seed(2))
 BAD = 7
@@ -157,8 +159,10 @@ def test_what_went_wrong_is_named(case, tier, tmp_path):
         assert all(bool(torch.isfinite(t).all()) for name, t in tensors.items() if not name.startswith("history."))
 
 
-def test_where_the_row_lies_in_a_batch_does_not_matter():
-    """A row that no model can stand is skipped with its batch, epoch after epoch, and counted."""
+@pytest.mark.parametrize("block", [1e-9, 10.0])
+def test_skipped_steps_that_are_not_in_a_row_are_counted_alone(block, monkeypatch):
+    """A row that no model can stand is skipped with its batch, epoch after epoch."""
+    monkeypatch.setattr(LOOP, "BLOCK_SECONDS", block)
     run = fit(pgen.Pair(row_of_zeros), Y, steps=30, compile="eager")
     assert run.skipped == 10 and "10 non-finite steps skipped" in str(run)
 
@@ -166,15 +170,13 @@ def test_where_the_row_lies_in_a_batch_does_not_matter():
 @pytest.mark.parametrize("block", [1e-9, 10.0])
 def test_where_blocks_end_does_not_decide_whether_training_stops(block, monkeypatch):
     """Five in a row are five in a row, in the middle of a block too."""
-    import sys
-
     calls = []
 
     def spoil(x):
         calls.append(1)
         return x * (math.nan if 10 < len(calls) <= 15 else 1.0)
 
-    monkeypatch.setattr(sys.modules["pgen.training.fit"], "BLOCK_SECONDS", block)
+    monkeypatch.setattr(LOOP, "BLOCK_SECONDS", block)
     with pytest.raises(NonFinite, match="5 non-finite steps in a row up to step 14"):
         fit(VAE((3,), 2, (5,), likelihood="gaussian"), X, steps=60, augment=spoil, compile="eager")
 
