@@ -27,7 +27,7 @@ __all__ = ["LostProcess", "Workers", "together"]
 
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_SECONDS = 2.0
-_store: dist.Store | None = None  # the connection of this process, kept for its life
+_server: dist.Store | None = None  # where no launcher serves the store, the first process does, for its life
 _joined = 0  # groups made so far: each has names of its own in the store
 
 
@@ -264,7 +264,7 @@ def together(micro_batches: int | None, *, exact: bool, timeout: float, device: 
         if store is not None:
             _start(store, rank, world, timeout, device)
         yield workers
-        workers.largest(0)  # nobody leaves while another still waits for an answer
+        dist.barrier()  # without it a process that leaves early takes others down
     except BaseException as error:
         workers.tell(error)
         raise
@@ -285,13 +285,15 @@ def _environment_rank() -> int:
 
 def _connect(rank: int, timeout: float) -> dist.Store:
     """A corner of the launcher's store that no other attempt and no other fit has used."""
-    global _store, _joined
-    if _store is None:
+    global _server, _joined
+    store = _server
+    if store is None:
         serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        _store = dist.TCPStore(address, port, None, serves, timedelta(seconds=timeout), wait_for_workers=False)
+        store = dist.TCPStore(address, port, None, serves, timedelta(seconds=timeout), wait_for_workers=False)
+        _server = store if serves else None
     _joined += 1
-    return dist.PrefixStore(f"pgen {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {_joined}", _store)
+    return dist.PrefixStore(f"pgen {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {_joined}", store)
 
 
 def _start(store: dist.Store, rank: int, world: int, timeout: float, device: torch.device) -> None:
