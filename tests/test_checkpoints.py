@@ -97,15 +97,23 @@ def test_a_resumed_run_is_the_run(name, tier, tmp_path):
 
 
 @INDUCTOR
-@pytest.mark.parametrize("unroll", [1, 3])
-def test_a_resumed_run_is_the_run_when_compiled(unroll, tmp_path):
+@pytest.mark.parametrize(("unroll", "batch_size"), [(1, 11), (3, 11), (1, 3)], ids=["single", "unrolled", "minibatches"])
+def test_a_resumed_run_is_the_run_when_compiled(unroll, batch_size, tmp_path):
     """Blocks end elsewhere when a run is resumed; single steps and unrolled ones must still fall on the same numbers."""
-    options = {"steps": 23, "compile": "compiled", "unroll": unroll, "batch_size": 11, "validation": X[:5], "validate_every": 8}
+    options = {
+        "steps": 23,
+        "compile": "compiled",
+        "unroll": unroll,
+        "batch_size": batch_size,
+        "validation": X[:5],
+        "validate_every": 8,
+    }
+    options |= {"data": X[:9] if batch_size == 3 else X}
     whole, other = vae(), vae(seed=5)
     run = fit(whole, **options)
     stopped(vae(), 10, **options, checkpoint=tmp_path)
     again = fit(other, **options, checkpoint=tmp_path)
-    assert again.tier == "compiled"
+    assert again.tier == "compiled" and again.tier_reason == run.tier_reason
     assert torch.equal(state(whole), state(other))
     same(run, again)
 

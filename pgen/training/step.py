@@ -355,7 +355,7 @@ class CompiledStep:
 
     def _checked(self, moving: list[Tensor], mutable: list[Tensor]) -> NativeLoop:
         """The native loop, once it has given the bits of the function that it repeats."""
-        inputs = [*self._fixed, *moving]
+        inputs = [*self._fixed, *(m.clone() for m in moving)]  # at the start of memory of their own, not slices of an epoch
         native = NativeLoop(self._fn, inputs, len(moving))
         with unchanged(mutable):
             expected = [t.clone() for t in (*self._fn(*inputs), *mutable)]
