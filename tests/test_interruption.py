@@ -46,13 +46,13 @@ def interrupted(model, number, **options):
     return caught.value
 
 
-def at_step(monkeypatch, step, number):
-    """Send ``number`` during the ``step``-th step of any tier."""
+def at_step(monkeypatch, wanted, number):
+    """Send ``number`` during the ``wanted``-th step of any tier."""
     call = LOOP._Trainer._call
 
-    def signalling(self, index, table, i, count):
-        taken, out = call(self, index, table, i, count)
-        if self.done + i < step <= self.done + i + taken:
+    def signalling(self, step, limit, table):
+        taken, out = call(self, step, limit, table)
+        if step < wanted <= step + taken:
             signal.raise_signal(number)
         return taken, out
 
