@@ -2,6 +2,7 @@ r"""The training loop."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -51,6 +52,8 @@ COMPILE_WORTH_SECONDS = 10.0
 """A fit whose remaining graph time is shorter than this is not worth compiling."""
 CHECKPOINT_SECONDS = 10.0
 """Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
+REUSE_WORTH_SECONDS = 3.0
+"""The same, where an earlier run has left the compiled step in the compiler's cache."""
 WORK_A_CALL = 20_000_000
 """Parameters times rows of the steps that share a call: what the call itself costs is then little beside them."""
 MOST_STEPS_A_CALL = 64
@@ -517,6 +520,10 @@ class _Compilation:
     def _take(self, fn: Callable[..., Sequence[Tensor]]) -> None:
         self._step = self._loop.step.bind(fn, self._traced)
         self._loop.tier, self._loop.reason = "compiled", self._step.reason
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time at the next run
+            marker = self._loop.step.marker()
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
 
     def poll(self) -> None:
         """Take the compiled step over if it is ready."""
@@ -855,10 +862,16 @@ class _Trainer:
             if left > CAPTURE_WORTH_SECONDS:
                 loop.raise_to_graph(self.done)
                 self.block = 1
-        elif loop.tier == "graph" and self.compilation is None and self.block > 2 and left > COMPILE_WORTH_SECONDS:
-            self._start_compilation(wait=False)
+        elif loop.tier == "graph" and self.compilation is None and self.block > 2:
+            if left > COMPILE_WORTH_SECONDS or (left > REUSE_WORTH_SECONDS and self.compiled_before):
+                self._start_compilation(wait=False)
         elif loop.tier == "graph" and self.compilation is not None:
             self.compilation.poll()
+
+    @cached_property
+    def compiled_before(self) -> bool:
+        """Whether an earlier process left this step in the compiler's cache."""
+        return self.loop.step.marker().exists()
 
     def _start_compilation(self, wait: bool) -> None:
         for player in self.loop.step.players:

@@ -6,9 +6,11 @@ A step whose loss or gradient is not finite changes nothing and says so.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +296,15 @@ class Step:
             return Traced(graph, inputs, None)
         graph, noises = hoisted
         return Traced(graph, [*inputs, *(noise.draw(1)[0] for noise in noises)], noises)
+
+    def marker(self) -> Path:
+        """A file beside the compiler's cache that says that this step has been compiled there before."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        tensors = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in (*self.mutable(), *self.leaves)]
+        parts = [graph.code for graph in self._graphs.values()] + [repr(player.optimizer) for player in self.players]
+        text = repr((torch.__version__, torch.get_num_threads(), tensors, parts, self.clip_norm, self.ema_decay))
+        return Path(cache_dir()) / "pgen-steps" / hashlib.sha256(text.encode()).hexdigest()
 
     def bind(self, fn: Callable[..., Sequence[Tensor]], traced: Traced) -> CompiledStep:
         """Compiled code as steps."""
