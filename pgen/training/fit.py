@@ -54,7 +54,7 @@ CHECKPOINT_SECONDS = 10.0
 """Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
 REUSE_WORTH_SECONDS = 3.0
 """The same, where an earlier run has left the compiled step in the compiler's cache."""
-WORK_A_CALL = 20_000_000
+WORK_A_CALL = 200_000_000
 """Parameters times rows of the steps that share a call: what the call itself costs is then little beside them."""
 MOST_STEPS_A_CALL = 64
 
