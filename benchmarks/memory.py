@@ -19,6 +19,9 @@ OBJECTIVES: dict[str, Any] = {
     "ELBO()": pgen.ELBO(),
     "ELBO(5)": pgen.ELBO(5),
     "IWAE(5)": pgen.IWAE(5),
+    "DReG(5)": pgen.objectives.DReG(5),
+    "Renyi(5)": pgen.objectives.Renyi(5),
+    "VIMCO(5)": pgen.objectives.VIMCO(5),
 }
 
 

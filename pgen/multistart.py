@@ -43,6 +43,8 @@ class Restarts:
         bounds: ELBO of the whole data set for each, nats, ``(starts,)``.
         bound_errors: Their Monte Carlo standard errors.
         optima: For each start the number of its optimum, 0 for the one with the best bound.
+        unfinished: For each start whether its bound still rose in the last quarter of the steps, by more than half a nat and
+            three standard errors: where it ended then says nothing about optima.
         run: Of all starts together; its loss is their sum.
     """
 
@@ -51,6 +53,7 @@ class Restarts:
     bounds: np.ndarray
     bound_errors: np.ndarray
     optima: np.ndarray
+    unfinished: np.ndarray
     run: Run
 
     @property
@@ -65,14 +68,18 @@ class Restarts:
 
     def __str__(self) -> str:
         rows = [
-            f"{seed:>6}{f'{bound:.3f} ± {error:.3f}':>22}{optimum + 1:>10}"
-            for seed, bound, error, optimum in zip(self.seeds, self.bounds, self.bound_errors, self.optima)
+            f"{seed:>6}{f'{bound:.3f} ± {error:.3f}':>22}{optimum + 1:>10}{'  unfinished' if unfinished else ''}"
+            for seed, bound, error, optimum, unfinished in zip(
+                self.seeds, self.bounds, self.bound_errors, self.optima, self.unfinished
+            )
         ]
         words = "one optimum" if self.num_optima == 1 else f"{self.num_optima} optima"
         what = (
             f"{len(self.pairs)} starts ended at {words} ({self.run.steps} steps in {self.run.seconds:.1f} s, {self.run.tier})"
         )
-        return "\n".join([f"{'seed':>6}{'ELBO':>22}{'optimum':>10}", *rows, what])
+        advice = f"{int(self.unfinished.sum())} still rose at the end: give more `steps`, or a larger `optimizer` rate"
+        head = f"{'seed':>6}{'ELBO':>22}{'optimum':>10}"
+        return "\n".join([head, *rows, what, *([advice] if self.unfinished.any() else [])])
 
 
 class _Stack(nn.Module):
@@ -145,8 +152,9 @@ def multistart(
         guide: ``"mean_field"``, ``"low_rank"``, ``"full_rank"`` or ``"flow"``.
         seeds: One a start; an integer n stands for 0 to n - 1.
         objective: As for ``Pair.fit``.
-        optimizer: One of pgen's own, or a learning rate; Adam as in ``Pair.fit`` by default.
-        steps: Optimizer steps.
+        optimizer: One of pgen's own, or a learning rate. Default: Adam at 0.1 (0.02 for the flow guide) with a cosine
+            schedule: Adam moves a parameter by at most about the rate a step, and starts lie a prior's width from an optimum.
+        steps: Optimizer steps. ``Restarts.unfinished`` tells which starts needed more.
         batch_size: Data a step; all by default.
         progress: Whether to show a progress bar.
         **options: Fields of ``pgen.Training``; neither ``clip_norm`` nor ``stop``, which would tie the starts together.
@@ -157,7 +165,7 @@ def multistart(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> multistart(model, torch.tensor([1.0, 2.0]), seeds=3, steps=500, progress=False).num_optima
+        >>> multistart(model, torch.tensor([1.0, 2.0]), seeds=3, steps=1000, progress=False).num_optima
         1
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
@@ -180,6 +188,7 @@ def multistart(
         raise ValueError("multistart() restarts guides, but this model has parameters of its own, which the starts would share")
     if optimizer is None:
         optimizer, settings = pairs[0]._default_optimizer(settings)
+        optimizer = replace(optimizer, lr=optimizer.lr * (2 if guide == "flow" else 5))  # starts lie a prior's width away
     stack, run = _Stack(pairs), Run()
     fit_loop(
         stack, batch, validation=None, objective=objective, optimizer=optimizer, training=settings, epochs=None, steps=steps,
@@ -216,7 +225,18 @@ def _compared(seeds: list[int], pairs: list[Pair], stack: _Stack, batch: Batch, 
     weights = [d.log_weight for d in draws]
     bounds = np.array([float(w.mean()) for w in weights])
     errors = np.array([float(w.std() / math.sqrt(DRAWS)) for w in weights])
-    return Restarts(seeds, pairs, bounds, errors, _optima(draws, bounds), run)
+    unfinished = np.array([_still_rises(run.history[f"start_{i}"] * run.num_data) for i in range(len(pairs))])
+    return Restarts(seeds, pairs, bounds, errors, _optima(draws, bounds), unfinished, run)
+
+
+def _still_rises(loss: np.ndarray) -> bool:
+    """Whether the loss (nats of all data) fell from the third quarter of the steps to the last: half a nat, not by chance."""
+    quarter = len(loss) // 4
+    if quarter < 2:
+        return True
+    before, after = loss[-2 * quarter : -quarter], loss[-quarter:]
+    error = math.sqrt((before.var() + after.var()) / quarter)
+    return bool(before.mean() - after.mean() > max(0.5, 3 * error))
 
 
 def _optima(draws: list[Draws], bounds: np.ndarray) -> np.ndarray:

@@ -81,3 +81,18 @@ def test_a_model_with_parameters_is_refused():
 
     with pytest.raises(ValueError, match="this model has parameters of its own"):
         pgen.multistart(model, Y, **QUICK)
+
+
+def test_starts_that_have_not_arrived_are_told_from_optima():
+    def wide(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 100.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2.0])
+    short = pgen.multistart(wide, y, seeds=3, steps=200, progress=False)
+    assert short.unfinished.any()
+    assert "still rose at the end: give more `steps`" in str(short)
+    long = pgen.multistart(wide, y, seeds=3, steps=2000, optimizer=1.0, progress=False, schedule="cosine")
+    assert not long.unfinished.any()
+    assert long.num_optima == 1
