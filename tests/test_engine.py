@@ -1,5 +1,6 @@
 """The step's contract: players with losses of their own, scheduled scalars, state in buffers; the same in every tier."""
 
+import gc
 import sys
 from dataclasses import dataclass, field
 
@@ -11,10 +12,11 @@ import torch
 import zuko
 from pyro.contrib.zuko import ZukoToPyro
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import pgen
 from pgen.training import SGD, Adam
-from pgen.training.capture import retrace
+from pgen.training.capture import compile_graph, retrace
 from pgen.training.native import NativeLoop
 
 INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
@@ -274,3 +276,19 @@ def test_cheaper_spellings_have_the_same_values():
     assert not any(word in name for name in names for word in ("sigmoid", "cross_entropy", "cumsum"))
     for cheap, plain in zip(graph(x, y), fn(x, y)):
         torch.testing.assert_close(cheap, plain, rtol=1e-13, atol=2e-16)
+
+
+@INDUCTOR
+def test_a_native_loop_gives_its_memory_back():
+    matrix = torch.randn(6, 4)
+    fn = compile_graph(retrace(lambda a, x: [(a @ x).sum()], [matrix, torch.randn(4, 3)]), [matrix, torch.randn(4, 3)])
+    loop = NativeLoop(fn, [matrix, torch.randn(4, 3)], 1)
+    x = torch.randn(5, 4, 3)
+    torch.testing.assert_close(loop([x])[0], (matrix @ x).sum((1, 2)))
+    storage = StorageWeakRef(matrix.untyped_storage())
+    del matrix, fn
+    gc.collect()
+    assert not storage.expired()  # the loop still works on it
+    del loop
+    gc.collect()
+    assert storage.expired()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,6 +270,7 @@ class NativeLoop:
         self._slots: dict[int, int] = {}
         self._bases: list[int] = []
         self._unsteady: set[int] = set()
+        self._handles: list[int] = []
         moving = list(inputs[len(inputs) - num_moving :])
         self._moving = [self._slot(t, steady=False) for t in moving]
         self._step_bytes = [t.numel() * t.element_size() for t in moving]
@@ -281,6 +283,7 @@ class NativeLoop:
         self._program = (ctypes.c_int64 * len(program))(*program)
         self._table = (ctypes.c_void_p * len(self._bases))(*self._bases)
         self._held = (ctypes.c_void_p * len(self._bases))()
+        weakref.finalize(self, _release, self._torch, self._handles, self._held)
 
     # -- writing the program ------------------------------------------------------------------------------------------
 
@@ -318,9 +321,8 @@ class NativeLoop:
         slot, offset = self._place(tensor)
         handle = 0
         if slot not in self._unsteady:
-            pointer = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor)
-            self._alive.append(pointer)
-            handle = _address(pointer)
+            handle = _address(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor))
+            self._handles.append(handle)
         yield from (handle, slot, offset, _DTYPES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride())
 
     # -- running it ---------------------------------------------------------------------------------------------------
@@ -343,6 +345,14 @@ class NativeLoop:
         if error is not None:
             raise RuntimeError(error.decode())
         return results
+
+
+def _release(table: Any, handles: list[int], held: Any) -> None:
+    """Give back the handles of tensors, and the results that the last step left."""
+    delete = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(table[_FUNCTIONS.index("aoti_torch_delete_tensor_object")])
+    for handle in [*handles, *held]:
+        if handle:
+            delete(handle)
 
 
 def _address(capsule: Any) -> int:
