@@ -111,6 +111,7 @@ def faster_products(graph: fx.GraphModule) -> None:
         if not _onednn_is_faster(_value(left), _value(right), bias is not None):
             continue
         with graph.graph.inserting_before(node):
+            left = _in_rows(graph, left)
             weight = graph.graph.call_function(aten.t.default, (right,))
             _copy_meta(weight, right)
             product = graph.graph.call_function(torch.ops.pgen.linear.default, (left, weight, bias))
@@ -186,6 +187,17 @@ def _remember(choices: dict[str, bool]) -> None:
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(choices))
         os.replace(fresh, path)
+
+
+def _in_rows(graph: fx.GraphModule, left: Any) -> Any:
+    """The left operand row after row, as oneDNN wants it: a copy that the compiler merges with what made it."""
+    rows, columns = _value(left).shape
+    if _strides(_value(left)) == (columns, 1):
+        return left
+    copy = graph.graph.call_function(torch.ops.aten.clone.default, (left,), {"memory_format": torch.contiguous_format})
+    if isinstance(left.meta.get("val"), torch.Tensor):
+        copy.meta["val"] = left.meta["val"].contiguous()
+    return copy
 
 
 def _copy_meta(weight: fx.Node, right: Any) -> None:
