@@ -191,7 +191,7 @@ def _remember(choices: dict[str, bool]) -> None:
 
 def _in_rows(graph: fx.GraphModule, left: Any) -> Any:
     """The left operand row after row, as oneDNN wants it: a copy that the compiler merges with what made it."""
-    rows, columns = _value(left).shape
+    columns = _value(left).shape[1]
     if _strides(_value(left)) == (columns, 1):
         return left
     copy = graph.graph.call_function(torch.ops.aten.clone.default, (left,), {"memory_format": torch.contiguous_format})
