@@ -745,6 +745,7 @@ class _Trainer:
             "validate_every": self.plan.validate_every if self.validation is not None else ANY,
             "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__name__),
             "compile": _kind_of_bits(training),
+            "unroll": training.unroll or self._unroll() if _kind_of_bits(training) == "compiled" else ANY,
             "device": loop.device.type,
             "micro_batches": loop.workers.micro_batches,
             "data": loop.fingerprint,
