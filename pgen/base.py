@@ -58,6 +58,7 @@ from .programs import (
     isolated,
     keyed_rng,
     localize,
+    python_state,
     rows_at,
     run_latents,
     run_pair,
@@ -158,6 +159,11 @@ class _Questions(nn.Module):
         if not found:
             raise ValueError("there is nothing to train: neither model nor guide has a parameter")
         return found
+
+    def python_state(self) -> dict[str, str]:
+        """The plain Python values that the programs may read and change, as text."""
+        model, guide = self.programs()
+        return {**python_state(model), **python_state(guide)}
 
     def changing(self) -> list[Tensor]:
         """Buffers that the programs may change."""
@@ -270,13 +276,15 @@ class _Questions(nn.Module):
                 with keyed_rng(key(seed, "prime"), device):
                     self.prime(data)
                 self.primed = True
-            objective = _with_own_state(objective or self.default_objective(), device, settings.dtype)
+            objective = _with_own_state(_objective(objective) or self.default_objective(), device, settings.dtype)
             self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
             if settings.stop == "converged" and settings.tolerance is None:
                 settings = replace(settings, tolerance=self._tolerance(num_data))
             if optimizer is None:
                 optimizer, settings = self._default_optimizer(settings)
             self.to(device=device, dtype=settings.dtype)
+            if checkpoint is not None and Path(checkpoint).is_file():
+                raise ValueError(f"`checkpoint` should be a folder, got the file {str(checkpoint)!r}")
             with contextlib.nullcontext() if checkpoint is None else Checkpoint(Path(checkpoint), workers.leads) as store:
                 if workers.world > 1:
                     workers.align(self._facts(data, num_data, size, seed, settings), [*self.parameters(), *self.buffers()])
@@ -406,6 +414,20 @@ def _with_own_state(objective: Any, device: torch.device, dtype: torch.dtype) ->
     objective = copy.deepcopy(objective)
     objective.state.to(device, dtype)
     return objective
+
+
+def _objective(objective: Any) -> Any:
+    """``objective`` if it can be one."""
+    if objective is None or (callable(objective) and not isinstance(objective, type) and hasattr(objective, "kind")):
+        return objective
+    if hasattr(objective, "players"):
+        return objective
+    name = objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+    raise TypeError(
+        f"`objective` should be an objective such as pgen.ELBO(), pgen.IWAE(5) or pgen.objectives.DReG(5), got {name!r}"
+        + (" of Pyro, whose objectives synchronise at every site" if type(objective).__module__.startswith("pyro") else "")
+        + (": call it, with brackets" if isinstance(objective, type) else "")
+    )
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

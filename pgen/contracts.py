@@ -73,7 +73,7 @@ class DataSource(Protocol):
         """The rows at ``indices``, in that order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Score:
     r"""Log-densities (or log-masses) of data, one number a datum, in nats and in the units of the data as given.
 
@@ -128,6 +128,9 @@ class Score:
         """Minus ``mean``, in bits for each scalar dimension of a datum."""
         return -self.mean / (self.event_size * math.log(2.0))
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
         return (
@@ -136,7 +139,7 @@ class Score:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a fit did: its history, why it stopped, how it was executed.
 
@@ -189,6 +192,9 @@ class Run:
             return math.nan
         row = -1 if self.restored is None else int(np.argmin(np.abs(bounds - self.restored)))
         return float(self.validation["std_error"][row])
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         rate = self.steps / self.seconds if self.seconds > 0 else math.nan

@@ -97,6 +97,10 @@ class _Stack(nn.Module):
         """The stacked parameters."""
         return self.stacked
 
+    def python_state(self) -> dict[str, str]:
+        """The plain Python values that the programs may read and change, as text."""
+        return self.template.python_state()
+
     def changing(self) -> list[Tensor]:
         """Buffers that the programs may change."""
         return list(self.template.buffers())

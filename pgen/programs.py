@@ -50,6 +50,7 @@ __all__ = [
     "isolated",
     "keyed_rng",
     "localize",
+    "python_state",
     "rows_at",
     "run_latents",
     "run_model",
@@ -171,6 +172,31 @@ def closure_modules(fn: Callable[..., Any]) -> dict[str, nn.Module]:
         return {}
     found = inspect.getclosurevars(inspect.unwrap(fn))
     return {k: v for k, v in {**found.globals, **found.nonlocals}.items() if isinstance(v, nn.Module)}
+
+
+def python_state(program: Callable[..., Any]) -> dict[str, str]:
+    """The plain Python values that a program may read: its closure's, its globals', and attributes of its modules, as text.
+
+    A captured graph freezes them; one that a program changes as it runs must be noticed.
+    """
+    owner, fn = getattr(program, "__self__", None), inspect.unwrap(getattr(program, "__func__", program))
+    owner = program if isinstance(program, nn.Module) else owner
+    found: dict[str, Any] = {}
+    if inspect.isfunction(fn):
+        names = inspect.getclosurevars(fn)
+        found = {**names.globals, **names.nonlocals}
+    if isinstance(owner, nn.Module):
+        for where, module in owner.named_modules():
+            found |= {f"{where}.{n}".lstrip("."): v for n, v in vars(module).items() if n != "training" and n[:1] != "_"}
+    return {name: repr(value) for name, value in found.items() if _plain(value)}
+
+
+def _plain(value: Any, depth: int = 2) -> bool:
+    """Numbers, strings, and short containers of them."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return depth > 0 and isinstance(parts, (list, tuple)) and len(parts) <= 100 and all(_plain(v, depth - 1) for v in parts)
 
 
 @contextlib.contextmanager

@@ -292,3 +292,60 @@ def test_a_native_loop_gives_its_memory_back():
     del loop
     gc.collect()
     assert storage.expired()
+
+
+def annealed_by_hand(count):
+    """A model that narrows its own prior by counting its calls."""
+
+    def model(y):
+        count[0] += 1
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0 if count[0] < 100 else 0.05))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    return pgen.Pair(model)
+
+
+def test_a_program_that_changes_python_values_is_not_frozen():
+    with pytest.raises(ValueError, match="change the Python value 'count' as they run, which a graph would freeze"):
+        annealed_by_hand([0]).fit(Y, steps=5, compile="graph", progress=False)
+
+
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, y):
+        self.calls += 1
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def test_a_module_that_counts_is_not_frozen_either(monkeypatch):
+    monkeypatch.setattr(sys.modules["pgen.training.fit"], "CAPTURE_WORTH_SECONDS", 0.0)
+    run = pgen.Pair(Counting()).fit(Y, steps=20, progress=False)
+    assert run.tier == "eager" and "'calls'" in run.tier_reason
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [("iwae", "got 'iwae'"), (pgen.IWAE, "got 'IWAE': call it"), (pyro.infer.Trace_ELBO(), "got 'Trace_ELBO' of Pyro")],
+)
+def test_what_is_no_objective_is_named(objective, words):
+    with pytest.raises(TypeError, match=f"`objective` should be an objective such as pgen.ELBO.*{words}"):
+        pgen.Pair(regression).fit(Y, objective=objective, steps=1, progress=False)
+
+
+def test_slips_in_arguments_are_one_line(tmp_path):
+    with pytest.raises(TypeError, match="`kl_weight` should be a number or a function of"):
+        pgen.ELBO(kl_weight=lambda step: step / 10)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`checkpoint` should be a folder, got the file"):
+        pgen.Pair(regression).fit(Y, steps=1, checkpoint=tmp_path / "file", progress=False)
+    with pytest.raises(ValueError, match="`optimizer` holds 1 parameters that this model does not train"):
+        Two().fit(X.float(), optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), steps=1, progress=False)
+
+
+def test_a_run_and_a_score_show_themselves_as_they_print():
+    run = pgen.Pair(regression).fit(Y, steps=3, progress=False)
+    assert repr(run) == str(run) and len(repr(run)) < 1000

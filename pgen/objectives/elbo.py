@@ -15,7 +15,7 @@ from ..contracts import Batch, Kind, check_positive
 from ..programs import Term, Traces, call, innermost, run_pair, vectorize
 from .baselines import DecayingAverage, leave_one_out
 from .enumerated import Branch, over_branches
-from .schedules import Schedule, check_not_negative
+from .schedules import Schedule, check_not_negative, check_schedule
 
 __all__ = ["ELBO", "Objective"]
 
@@ -100,6 +100,8 @@ class ELBO:
         check_not_negative("free_bits", self.free_bits)
         if not callable(self.kl_weight):
             check_not_negative("kl_weight", self.kl_weight)
+        else:
+            check_schedule("kl_weight", self.kl_weight)
         if self.baseline is not None and not isinstance(self.baseline, nn.Module):
             raise TypeError(f"`baseline` should be DecayingAverage() or a module, got {type(self.baseline).__name__}")
 

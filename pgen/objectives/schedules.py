@@ -2,16 +2,28 @@ r"""Numbers that change as training goes on. They enter the step as inputs, so t
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..contracts import check_positive
 
-__all__ = ["Cyclical", "Linear", "Schedule"]
+__all__ = ["Cyclical", "Linear", "Schedule", "check_schedule"]
 
 Schedule = Callable[[int, int], float]
 """From the step (0 at the first) and the number of all steps to a number."""
+
+
+def check_schedule(argument: str, schedule: Schedule) -> None:
+    """Raise TypeError unless ``schedule`` is a function of the step and the number of all steps."""
+    try:
+        inspect.signature(schedule).bind(0, 1)
+    except TypeError:
+        raise TypeError(
+            f"`{argument}` should be a number or a function of (step, all steps), such as Linear(steps=1000) or "
+            f"lambda step, steps: step / steps; this function takes other arguments"
+        ) from None
 
 
 @dataclass(frozen=True)

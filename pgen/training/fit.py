@@ -48,7 +48,7 @@ BLOCK_SECONDS = 0.2
 """Target length of a block of steps between two looks at the device."""
 CAPTURE_WORTH_SECONDS = 2.0
 """A fit whose remaining eager time is shorter than this is not worth capturing."""
-COMPILE_WORTH_SECONDS = 10.0
+COMPILE_WORTH_SECONDS = 20.0
 """A fit whose remaining graph time is shorter than this is not worth compiling."""
 CHECKPOINT_SECONDS = 10.0
 """Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
@@ -179,6 +179,8 @@ class Trainable(Protocol):
     def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def bound_rows(self, objective: Any, batch: Batch, pause: Callable[[], None]) -> tuple[Tensor, Tensor]: ...
+
+    def python_state(self) -> dict[str, str]: ...
 
     def autopsy(self, batch: Batch, index: Tensor | None) -> str: ...
 
@@ -482,11 +484,19 @@ class _Loop:
     def raise_to_graph(self, step: int) -> bool:
         """Capture, for the ragged last batch too; on refusal stay eager and remember why."""
         first = step // len(self.batches) * len(self.batches)
+        before = self.target.python_state()
         try:
             self.tier = "graph"
             for number in (first, first + len(self.batches) - 1):
                 self.interruption.check()
                 self._capture(number)
+            after = self.target.python_state()
+            changed = sorted(name for name in before if before[name] != after.get(name))
+            if changed:
+                raise CaptureRefused(
+                    f"the programs change the Python value {changed[0]!r} as they run, which a graph would freeze; "
+                    "what depends on the step alone can be a schedule of the objective"
+                )
             return True
         except CaptureRefused as refusal:
             self.tier, self.reason = "eager", str(refusal)

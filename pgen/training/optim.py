@@ -179,6 +179,13 @@ class External:
             self.optimizer = self._make(params)  # type: ignore[operator]
         if not isinstance(self.optimizer, torch.optim.Optimizer) or isinstance(self.optimizer, torch.optim.LBFGS):
             raise TypeError(f"{_WANTED}, got {type(self.optimizer).__name__}, which does not step on one gradient")
+        own = {id(p) for p in params}
+        strangers = sum(id(p) not in own for g in self.optimizer.param_groups for p in g["params"])
+        if strangers:
+            raise ValueError(
+                f"`optimizer` holds {strangers} parameters that this model does not train: make it from this model's own "
+                f"parameters, or give a function such as lambda p: torch.optim.{type(self.optimizer).__name__}(p)"
+            )
         groups = [{n: v for n, v in g.items() if n not in ("params", "lr")} for g in self.optimizer.param_groups]
         self._words = f"{type(self.optimizer).__name__} lr={self.lr} {groups}"
 
