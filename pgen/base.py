@@ -340,7 +340,7 @@ class _Questions(nn.Module):
         first = take(data, slice(0, batch_size))
         device = _device(data)
         with keyed_rng(key(seed, "init"), device), torch.no_grad():
-            first = augmented(first, settings.augment)
+            first = augmented(tree_map_only(Tensor, torch.clone, first) if settings.augment else first, settings.augment)
             self.materialize(first, num_data, minibatch=batch_size < num_data)
             if whole:
                 self._check_divisible(micro_batches)
@@ -364,12 +364,20 @@ class _Questions(nn.Module):
         with torch.enable_grad():
             losses = [self.loss(part, batch, scalars)[0] for part in games.values()]
         state = getattr(objective, "state", None) or nn.Module()
-        owned = {id(p) for p in (*self.parameters(), *state.parameters())}
+        trained = [p for name in games if name for p in self.trainable(name)] or list(self.parameters())
+        frozen = [p for p in self.parameters() if not p.requires_grad]
+        owned = {id(p) for p in (*trained, *frozen, *state.parameters())}
         for leaf in (leaf for loss in losses for leaf in _leaves(loss)):
             if id(leaf) not in owned:
                 raise ValueError(
-                    f"the programs use a parameter of shape {tuple(leaf.shape)} that the pair does not own, so it would not be "
-                    f"trained: add pyro.module('name', network) to the program, or freeze it with requires_grad_(False)"
+                    f"the programs use a parameter of shape {tuple(leaf.shape)} that "
+                    + (
+                        "no player trains: name"
+                        if "" not in games
+                        else "the pair does not own, so it would not be trained: add "
+                    )
+                    + (" a player for it" if "" not in games else "pyro.module('name', network) to the program")
+                    + ", or freeze it with requires_grad_(False)"
                 )
 
     def _strict(self, batch: Batch, num_data: int) -> None:

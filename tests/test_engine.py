@@ -15,6 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pgen
+from pgen.data.batches import key, step_keys
 from pgen.training import SGD, Adam
 from pgen.training.capture import compile_graph, retrace
 from pgen.training.native import NativeLoop
@@ -349,3 +350,113 @@ def test_slips_in_arguments_are_one_line(tmp_path):
 def test_a_run_and_a_score_show_themselves_as_they_print():
     run = pgen.Pair(regression).fit(Y, steps=3, progress=False)
     assert repr(run) == str(run) and len(repr(run)) < 1000
+
+
+def factors(stride):
+    """Y = Z W: W from an SVD comes column after column, as torch's factorisations give it."""
+    w = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
+    w = w if stride == "rows" else w.t().contiguous().t()
+
+    def model(y):
+        weight = pyro.param("w", w)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(y.new_ones(len(y), 4) @ weight, 1.0).to_event(1), obs=y)
+
+    return pgen.Pair(model, lambda y: None)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_parameters_may_lie_column_after_column(tier):
+    y = torch.arange(15.0).reshape(5, 3)
+    losses = [
+        factors(s).fit(y, steps=30, optimizer=0.1, compile=tier, progress=False).history["loss"] for s in ("rows", "cols")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_overlapping_parameters_and_buffers_are_made_whole():
+    class Wide(Two):
+        def __init__(self):
+            super().__init__()
+            self.left.weight = nn.Parameter(torch.zeros(1).expand(20).reshape(1, 20)[:, :1].expand(1, 20))
+            self.register_buffer("scale", torch.ones(1).expand(3))
+
+        def model(self, x=None, context=None):
+            with self.plate(x, context):
+                pyro.sample("x", dist.Normal(self.left.weight.sum(), self.scale[0]).expand([2]).to_event(1), obs=x)
+
+    model = Wide()
+    model.fit(X.float(), steps=20, optimizer=0.1, progress=False)
+    assert model.left.weight.is_contiguous()
+
+
+@INDUCTOR
+@pytest.mark.parametrize("likelihood", [lambda m: dist.Poisson(m.exp()), lambda m: dist.StudentT(3.0, m, 1.0)])
+def test_a_special_function_is_not_chance(likelihood):
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", likelihood(mean), obs=y)
+
+    run = pgen.Pair(model).fit(torch.arange(5.0), steps=4, compile="compiled", progress=False)
+    assert (run.tier, run.tier_reason) == ("compiled", "")
+
+
+@INDUCTOR
+def test_dropout_runs_natively():
+    run = normed("compiled", unroll=1)[1]
+    assert run.tier_reason == ""
+
+
+@INDUCTOR
+def test_a_compilation_that_begins_at_a_short_batch_is_of_whole_ones(tmp_path):
+    x = torch.linspace(-1.0, 2.0, 50).reshape(25, 2)
+
+    def fit(steps, folder):
+        model = Normed()
+        return model.fit(
+            x, optimizer=SGD(0.01), steps=steps, batch_size=10, compile="compiled", unroll=2, progress=False, checkpoint=folder
+        )
+
+    whole = fit(9, None)
+    fit(2, tmp_path)  # the next batch is the short one
+    np.testing.assert_array_equal(fit(9, tmp_path).history["loss"], whole.history["loss"])
+
+
+def test_blocks_have_noise_that_no_single_step_has():
+    loop_keys = [{step_keys(key(0, name), t, 1)[0] for t in range(200)} for name in ("noise", "noise of blocks")]
+    assert not loop_keys[0] & loop_keys[1]
+
+
+def test_a_copy_before_a_change_in_place_stays_a_copy():
+    def fn(x):
+        h = x * 2
+        old = h + 0
+        h.add_(1)
+        return [old, h]
+
+    x = torch.arange(3.0)
+    for value, expected in zip(retrace(fn, [x])(x), fn(x)):
+        assert torch.equal(value, expected)
+
+
+def test_an_augmentation_in_place_leaves_the_data_alone():
+    x = X.float().clone()
+    model, spoil = Two(), lambda v: v.add_(torch.randn_like(v))
+    model.fit(x, objective=Distance("left", "right"), steps=3, augment=spoil, progress=False)
+    assert torch.equal(x, X.float())
+
+
+def test_a_parameter_without_a_player_is_named():
+    class Both(Distance):
+        def __call__(self, model, guide, batch, scalars):
+            loss, metrics = super().__call__(model, guide, batch, scalars)
+            return loss + getattr(model.__self__, self.other).weight.sum(), metrics
+
+    with pytest.raises(ValueError, match="no player trains: name a player for it"):
+        Two().fit(X.float(), objective=Game({"left": Both("left", "right")}), steps=1, progress=False)
+
+
+def test_too_short_an_average_is_refused():
+    with pytest.raises(ValueError, match="16 or more, got 5"):
+        pgen.Pair(regression).fit(Y, steps=20, average=5, progress=False)

@@ -169,8 +169,6 @@ def _describe(node: fx.Node) -> tuple[Any, ...]:
     return node.op, target, arguments
 
 
-_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "cauchy", "gamma", "dropout", "poisson",
-           "geometric", "dirichlet", "binomial", "empty")  # fmt: skip
 _FILLS = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones", "aten::new_full")
 
 
@@ -184,7 +182,9 @@ def _schema(node: Any) -> Any:
 
 def _pure(node: Any) -> bool:
     """Whether a node is an operation without side effect, chance, or undefined memory."""
-    return _is_operation(node) and not (node.target._schema.is_mutable or any(word in node.target.name() for word in _RANDOM))
+    if not _is_operation(node) or node.target._schema.is_mutable or "empty" in node.target.name():
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:
@@ -246,7 +246,9 @@ def _same_value(node: Any) -> bool:
 
 def _drop_identities(graph: fx.GraphModule, written: set[fx.Node]) -> None:
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node not in written and _same_value(node):
+        shared = _is_operation(node) and any(r.alias_info is not None for r in _schema(node).returns)
+        copied = node not in written and (shared or not any(n in written for n in node.all_input_nodes))
+        if node.op == "call_function" and copied and _same_value(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
 

@@ -135,6 +135,10 @@ class Training:
         check_choice("stop", self.stop, ("steps", "converged"))
         check_positive("tolerance", self.tolerance, allow_none=True, integer=False)
         check_positive("average", self.average, allow_none=True)
+        if self.average is not None and self.average < 16:
+            raise ValueError(
+                f"`average` is the number of last steps whose iterates are averaged, 16 or more, got {self.average}"
+            )
         if self.stop == "converged" and self.schedule not in (None, "constant"):
             raise ValueError("stop='converged' lowers the learning rate by itself; leave `schedule` out")
         if self.ema is not None and (self.average is not None or self.stop == "converged"):
@@ -299,6 +303,9 @@ class _Loop:
         self.batches = self.feed or Batches(self.num_data, batch_size, seed=seed, device=self.device)
         self.schedules: dict[str, Callable[[int, int], float]] = dict(getattr(objective, "schedules", {}))
         self.total = total
+        for tensor in (*target.trainable(), *target.changing()):
+            if not tensor.is_contiguous():  # fused kernels walk memory row after row
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
         players = self._players(objective, optimizer)
         self.optimizer = players[0].optimizer
         self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in players]
@@ -306,7 +313,7 @@ class _Loop:
             players, target.changing() + _buffers(objective), self.tensors(), scheduled=len(self.schedules),
             clip_norm=training.clip_norm, ema=training.ema,
         )  # fmt: skip
-        self.noise_key = key(seed, "noise")
+        self.noise_key, self.block_key = key(seed, "noise"), key(seed, "noise of blocks")
         self.runners: dict[int, Callable[[Tensor | None, Tensor], list[Tensor]]] = {}
         self.tier, self.reason = "eager", ""
         self.interruption = Interruption(alone=workers.world == 1)
@@ -355,6 +362,8 @@ class _Loop:
         leaves = list(self.leaves)
         for i, tensor in zip(self.sliced, tensors):
             leaves[i] = tensor if index is None else tensor.index_select(0, index)
+            if index is None and self.training.augment is not None:
+                leaves[i] = tensor.clone()  # an augmentation may write to what it is given
         return augmented(tree_unflatten(leaves, self.spec), self.training.augment)
 
     def _loss(
@@ -512,7 +521,8 @@ class _Compilation:
 
     def __init__(self, loop: _Loop, step: int, unroll: int, wait: bool) -> None:
         self._loop = loop
-        self._traced = loop.step.traced(loop.index(step), loop.scalars(step, 1)[0])
+        first = step // len(loop.batches) * len(loop.batches)  # of its epoch, and therefore a whole batch
+        self._traced = loop.step.traced(loop.index(first), loop.scalars(step, 1)[0])
         self.unroll = 1 if self._traced.noises is None else unroll
         self._block, self._noise = -1, list[Tensor]()
         self._step: CompiledStep | None = None
@@ -569,7 +579,8 @@ class _Compilation:
         """The noise of a block of steps, and the generator seeded with its key."""
         if block != self._block or not self._noise:
             loop = self._loop
-            seed_generators(step_keys(loop.noise_key, block * self.unroll, 1)[0], loop.device)
+            own = loop.noise_key if self.unroll == 1 else loop.block_key  # a block is no step
+            seed_generators(step_keys(own, block, 1)[0], loop.device)
             self._block, self._noise = block, self._step.draw(self.unroll)  # type: ignore[union-attr]
         return self._noise
 

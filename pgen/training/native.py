@@ -274,6 +274,7 @@ class NativeLoop:
         moving = list(inputs[len(inputs) - num_moving :])
         self._moving = [self._slot(t, steady=False) for t in moving]
         self._step_bytes = [t.numel() * t.element_size() for t in moving]
+        self._shapes = [(t.shape, t.dtype) for t in moving]
         for kind, _, tensors in recorder.calls:
             if kind == 5:
                 self._slot(tensors[0], steady=False)
@@ -323,6 +324,8 @@ class NativeLoop:
         if slot not in self._unsteady:
             handle = _address(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor))
             self._handles.append(handle)
+        if tensor.dtype not in _DTYPES:
+            raise NotNative(f"a product of {tensor.dtype} runs in it")
         yield from (handle, slot, offset, _DTYPES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride())
 
     # -- running it ---------------------------------------------------------------------------------------------------
@@ -330,6 +333,11 @@ class NativeLoop:
     def __call__(self, moving: Sequence[Tensor]) -> list[Tensor]:
         """As many steps as the moving inputs have rows, ``(steps, *shape)`` each; returns outputs of that form."""
         steps = len(moving[0])
+        for (shape, dtype), tensor in zip(self._shapes, moving, strict=True):
+            if tensor.shape != (steps, *shape) or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise RuntimeError(
+                    f"a native step takes {tuple(shape)} of {dtype}, got {tuple(tensor.shape[1:])}, {tensor.dtype}"
+                )
         words: list[int] = []
         for slot, size, tensor in zip(self._moving, self._step_bytes, moving):
             words += [slot, tensor.data_ptr(), size]

@@ -26,8 +26,6 @@ _MAKES = {
     _aten.rand.default: _aten.uniform_.default,
     _aten.rand_like.default: _aten.uniform_.default,
 }
-_CHANCE = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "cauchy", "gamma", "dropout", "poisson",
-           "geometric", "dirichlet", "binomial")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def hoist_noise(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Noise]] | N
 
 
 def _chance(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and any(word in target.name() for word in _CHANCE)
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _noise(node: fx.Node) -> Noise | None:

@@ -366,12 +366,16 @@ class CompiledStep:
 
     def _checked(self, moving: list[Tensor], mutable: list[Tensor]) -> NativeLoop:
         """The native loop, once it has given the bits of the function that it repeats."""
-        inputs = [*self._fixed, *(m.clone() for m in moving)]  # at the start of memory of their own, not slices of an epoch
-        native = NativeLoop(self._fn, inputs, len(moving))
+
+        def inputs() -> list[Tensor]:
+            """At the start of memory of their own, not slices of an epoch; a step may write to its noise."""
+            return [*self._fixed, *(m.clone() for m in moving)]
+
+        native = NativeLoop(self._fn, inputs(), len(moving))
         with unchanged(mutable):
-            expected = [t.clone() for t in (*self._fn(*inputs), *mutable)]
+            expected = [t.clone() for t in (*self._fn(*inputs()), *mutable)]
         with unchanged(mutable):
-            found = [*native([m[None] for m in moving]), *mutable]
+            found = [*native([m.clone()[None] for m in moving]), *mutable]
             same = all(torch.equal(a.nan_to_num(), b.reshape(a.shape).nan_to_num()) for a, b in zip(expected, found))
         if not same:
             raise NotNative("its native loop gave other numbers")
