@@ -141,7 +141,7 @@ def test_a_minibatched_network_stops_by_its_bound():
     [
         ({"stop": "convergence"}, "`stop` is 'convergence', which is unknown; did you mean 'converged'"),
         ({"stop": "converged", "schedule": "cosine"}, "lowers the learning rate by itself; leave `schedule` out"),
-        ({"ema": 0.9, "average": 10}, "`ema` is an average of iterates already"),
+        ({"ema": 0.9, "average": 100}, "`ema` is an average of iterates already"),
         ({"average": 0}, "`average` should be a positive integer, got 0"),
         ({"tolerance": -1.0}, "`tolerance` should be a positive number"),
     ],
