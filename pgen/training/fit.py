@@ -685,7 +685,7 @@ class _Trainer:
         self.callbacks = callbacks if self.workers.leads else ()
         self.log, self.bar = _Log(), Progress(plan.steps, progress and self.workers.leads)
         self.done, self.skipped, self.skipped_in_row = 0, 0, 0
-        self.block, self.step_seconds = 1, math.nan
+        self._measure_anew()
         self.compilation: _Compilation | _GradientCompilation | None = None
         self.best: tuple[float, list[Tensor]] | None = None
         self.stopped = ""
@@ -879,16 +879,20 @@ class _Trainer:
         training, loop = self.loop.training, self.loop
         if training.compile != "auto" or training.deterministic or self.done < 3:
             return
-        left = (self.plan.steps - self.done) * self.step_seconds
+        left = (self.plan.steps - self.done) * self.fastest
         if loop.tier == "eager" and not loop.reason:
             if left > CAPTURE_WORTH_SECONDS:
                 loop.raise_to_graph(self.done)
-                self.block = 1
-        elif loop.tier == "graph" and self.compilation is None and self.block > 2:
+                self._measure_anew()
+        elif loop.tier == "graph" and self.compilation is None and self.blocks > 2:  # the first calls are slow
             if left > COMPILE_WORTH_SECONDS or (left > REUSE_WORTH_SECONDS and self.compiled_before):
                 self._start_compilation(wait=False)
         elif loop.tier == "graph" and self.compilation is not None:
             self.compilation.poll()
+
+    def _measure_anew(self) -> None:
+        """Another tier, another speed: begin with short blocks."""
+        self.block, self.blocks, self.fastest = 1, 0, math.inf
 
     @cached_property
     def compiled_before(self) -> bool:
@@ -930,8 +934,9 @@ class _Trainer:
         count, columns = self._run(count)
         host = torch.stack([torch.cat(c).double() for c in columns]).cpu().numpy()
         now = time.perf_counter()
-        self.step_seconds = (now - began) / count
-        self.block = max(1, min(int(BLOCK_SECONDS / self.step_seconds), self.block * 4, 20_000))
+        step_seconds = (now - began) / count
+        self.blocks, self.fastest = self.blocks + 1, min(self.fastest, step_seconds)
+        self.block = max(1, min(int(BLOCK_SECONDS / step_seconds), self.block * 4, 20_000))
         self._record(count, host, now - self.start)
         self._check_losses(host[2] > 0.5)
 
