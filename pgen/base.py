@@ -6,12 +6,14 @@ import contextlib
 import copy
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -520,6 +522,11 @@ class GenerativeModel(_Questions, PyroModule):
     """
 
     family: ClassVar[str] = ""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of both programs, one entry a datum, that are given with x in a dict: ``{"x": x, "lengths": n}``.
+
+    A family that takes ``"observed"`` knows missing entries: NaN in x becomes 0 there, and False in ``observed``.
+    """
     default_batch_size = 100
     default_epochs = 100
 
@@ -647,25 +654,67 @@ class GenerativeModel(_Questions, PyroModule):
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
         if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"])
+        asked = (source, objective, optimizer, epochs, steps, batch_size, checkpoint, training)
+        plain = all(option is None for option in asked) and options.keys() <= {"device", "precision"}
+        solvable = type(self).solve is not GenerativeModel.solve
+        if plain and solvable and (run := self._solved(batch, held_out, as_seed(seed), _training(None, options))):
+            return run
         return self._fit(
             batch, held_out, source=source, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps,
             batch_size=batch_size, seed=seed, checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training,
             options=options,
         )  # fmt: skip
 
+    def solve(self, batch: dict[str, Tensor]) -> str:
+        """Set the parameters to those of maximum likelihood in closed form, and say how; where there is none, say nothing.
+
+        ``fit`` asks for it unless an objective, an optimizer, epochs, steps or other ways of training are given.
+
+        Args:
+            batch: All data, preprocessed, with ``"context"`` and the arguments in ``also``, on the device of the parameters.
+        """
+        return ""
+
+    def _solved(
+        self, batch: dict[str, Tensor], validation: dict[str, Tensor] | None, seed: int, settings: Training
+    ) -> Run | None:
+        """A fit in closed form, if the family has one."""
+        began, device = time.perf_counter(), settings.torch_device()
+        self.to(device=device, dtype=settings.dtype)
+        batch = self._placed(batch)
+        self._check_support(batch)
+        with isolated(self.home), keyed_rng(key(seed, "solve"), device), torch.no_grad():
+            how = self.solve(cast(dict[str, Tensor], self.prepare(batch)))
+        if not how:
+            return None
+        self.primed = True
+        run = Run(stopped=how, num_data=len(batch["x"]), seed=seed, epochs=1.0)
+        for name, data in (("training", batch), ("validation", None if validation is None else self._placed(validation))):
+            if data is None:
+                continue
+            rows, _ = self.bound_rows(self.default_objective(), data, lambda: None)
+            mean, error = float(rows.double().mean()), float(rows.double().std() / math.sqrt(len(rows)))
+            if name == "training":
+                run.history = {"step": np.zeros(1), "epoch": np.ones(1), "loss": np.array([-mean])}
+            else:
+                run.validation = {"step": np.zeros(1), "bound": np.array([mean]), "std_error": np.array([error])}
+        run.seconds = time.perf_counter() - began
+        self.last_run = run
+        return run
+
     def _batch(self, argument: str, x: Any, context: Any = None) -> dict[str, Tensor]:
         """Checked x and context, in the model's dtype and on its device."""
         return self._placed(self._checked(argument, x, context))
 
     def _placed(self, batch: Any) -> dict[str, Tensor]:
-        return {name: self._like(tensor) for name, tensor in batch.items()}
+        reference = next(self.parameters())
+        return cast(dict[str, Tensor], place(batch, reference.device, reference.dtype))
 
     def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
         """Checked x and context, in the model's dtype, where they are; ``numbers`` are those of the rows of a source."""
+        given: dict[str, Any] = {}
         if isinstance(x, dict):
-            if "x" not in x:
-                raise ValueError(f"`{argument}` has no array 'x' (it has {', '.join(map(str, x)) or 'none'})")
-            x, context = x["x"], x.get("context", context)
+            given, x, context = x, self._named(argument, x), x.get("context", context)
         x = as_batch(x)
         _refuse_source(argument, x)
         if not isinstance(x, Tensor):
@@ -673,12 +722,35 @@ class GenerativeModel(_Questions, PyroModule):
         check_event_shape(argument, x, self.event_shape)
         if len(x) == 0:
             raise ValueError(f"`{argument}` is empty: shape {tuple(x.shape)}")
-        check_finite(x, argument, numbers)
         dtype = next(self.parameters()).dtype
-        batch = {"x": x.to(dtype)}
+        further = self._further(x, {name: given[name] for name in self.also if given.get(name) is not None})
+        x = torch.where(further["observed"], x, torch.zeros_like(x)) if "observed" in further else x
+        check_finite(x, argument, numbers)
+        batch = {"x": x.to(dtype), **further}
         if context is not None or self.context_dim:
             batch["context"] = self._context(context, len(x)).to(dtype)
         return batch
+
+    def _named(self, argument: str, given: dict[str, Any]) -> Any:
+        if "x" not in given:
+            raise ValueError(f"`{argument}` has no array 'x' (it has {', '.join(map(str, given)) or 'none'})")
+        known = ("x", "context", *self.also)
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"`{argument}` has {name!r}, which {type(self).__name__} does not take{nearest(str(name), known)}"
+                )
+        return given["x"]
+
+    def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments in ``also``, checked, one entry a datum; a family with such arguments refines it."""
+        found = {name: torch.as_tensor(as_batch(value)) for name, value in given.items()}
+        for name, value in found.items():
+            if len(value) != len(x):
+                raise ValueError(f"`{name}` has {len(value)} entries for {len(x)} data; give one a datum")
+        if "observed" in self.also and "observed" not in found:
+            found["observed"] = ~torch.isnan(x)
+        return found
 
     def _context(self, context: Any, length: int) -> Tensor:
         if context is None:
@@ -928,7 +1000,12 @@ class GenerativeModel(_Questions, PyroModule):
         """Mean of p(x | z) at the posterior mean of z, in the units of the data, ``(N, *event_shape)``."""
 
         def reconstructed(batch: Batch) -> Tensor:
-            with PlateSize(batch_length(batch)), At(self._means(batch)):
+            means = self._means(batch)
+            if not means:
+                raise NotAvailable(
+                    f"{type(self).__name__} has no latent variables to reconstruct from; VAE and Autoencoder have"
+                )
+            with PlateSize(batch_length(batch)), At(means):
                 return _mean(run_program(self.model, {**cast(dict[str, Any], batch), "x": None})["x"])
 
         out = self._rows(reconstructed, "reconstruct", self._batch("x", x, context), seed, progress)
@@ -1439,7 +1516,7 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
     module.load_state_dict(tensors)
 
 
-_MAX_SETTING = 1_000_000
+_MAX_SETTING = 2**31
 
 
 def _check_settings(path: Any, value: Any, depth: int = 0) -> None:
@@ -1450,7 +1527,7 @@ def _check_settings(path: Any, value: Any, depth: int = 0) -> None:
         return
     if isinstance(value, str) and len(value) <= 100:
         return
-    if isinstance(value, (list, dict)) and len(value) <= 100 and depth < 4:
+    if isinstance(value, (list, dict)) and len(value) <= 1000 and depth < 8:
         for item in value.values() if isinstance(value, dict) else value:
             _check_settings(path, item, depth + 1)
         return

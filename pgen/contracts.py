@@ -203,6 +203,11 @@ class Run:
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
         total = "" if where == "validation" else f", in all {self.bound * self.num_data:.2f}"
+        if not self.steps:
+            return (
+                f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}{total})\n"
+                f"no steps: {self.stopped}, {self.seconds:.2f} s"
+            )
         return (
             f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}{total})\n"
             f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pgen
+from pgen import models
 from pgen.data import Compose, Dequantize, Logit, Standardize
 from pgen.models import VAE, Autoencoder
 
@@ -90,13 +91,18 @@ class Case:
         x: Data, ``(ROWS, *event)``.
         context: Context of each datum.
         kind: Kind of ``log_prob``; None where it has none.
+        latents: Whether the guide draws anything, so that ``log_prob`` takes samples.
+        values: Values that each number of x takes, if finite: 0, ..., ``values`` - 1.
         lacks: Questions that raise NotAvailable.
+        options: Of every fit.
     """
 
     make: Callable[[int], Any]
     x: torch.Tensor
     context: torch.Tensor | None = None
     kind: str | None = "lower_bound"
+    latents: bool = True
+    values: int = 0
     lacks: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -138,7 +144,13 @@ _BITS = _draws(lambda: torch.bernoulli(torch.rand(ROWS, *EVENT)))
 _CLASSES = _draws(lambda: torch.randint(0, CLASSES, (ROWS, *EVENT)))
 _REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
 _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
+_NO_LATENTS = ("encode", "reconstruct", "posterior")
 _NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
+
+
+def exact(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None, **fields: Any) -> Case:
+    """A family without latents, whose ``log_prob`` is exact."""
+    return Case(make, x, context, **{"kind": "exact", "latents": False, "lacks": _NO_LATENTS, **fields})
 
 
 def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
@@ -158,6 +170,9 @@ CASES: dict[str, Case] = {
         lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()
     ),
     "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
+    "gaussian_full": exact(lambda seed: models.Gaussian(EVENT, seed=seed), _REALS),
+    "gaussian_diagonal": exact(lambda seed: models.Gaussian(EVENT, "diagonal", preprocess=Standardize(), seed=seed), _REALS),
+    "gaussian_low_rank": exact(lambda seed: models.Gaussian(EVENT, "low_rank", rank=2, seed=seed), _REALS),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -2,6 +2,12 @@
 
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
+from .gaussian import Gaussian
 from .vae import VAE
 
-__all__ = ["REGISTRY", "VAE", "Autoencoder"]
+__all__ = [
+    "REGISTRY",
+    "VAE",
+    "Autoencoder",
+    "Gaussian",
+]

@@ -1,0 +1,137 @@
+r"""The Gaussian: full, diagonal or low-rank covariance.
+
+.. math:: x \sim \mathcal{N}(\mu, \Sigma), \qquad
+    \Sigma = L L^\top, \quad \operatorname{diag}(\sigma^2), \quad \text{or} \quad W W^\top + \operatorname{diag}(\sigma^2)
+
+The maximum of the likelihood is the sample mean and the sample covariance (divided by N): ``fit(x)`` takes it in one step where
+there is a closed form (full and diagonal), and SVI, ``fit(x, steps=...)``, climbs to the same place.
+
+Bishop (2006), Pattern Recognition and Machine Learning, section 2.3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..base import GenerativeModel
+from ..contracts import Batch, Seed, check_choice, check_positive
+from ..data.transforms import Transform
+from ..distributions.events import with_event_shape
+
+__all__ = ["Gaussian"]
+
+COVARIANCES = ("full", "diagonal", "low_rank")
+
+
+class Gaussian(GenerativeModel):
+    r"""Multivariate Gaussian.
+
+    Shapes: x ``(N, *event_shape)``; the covariance is that of the D numbers of x in row-major order.
+
+    Args:
+        event_shape: Shape of one datum.
+        covariance: ``"full"``, ``"diagonal"``, or ``"low_rank"``.
+        rank: Columns of W for ``"low_rank"``.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights of a low rank.
+
+    Raises:
+        ValueError: From ``fit``, if the sample covariance is singular: a column is constant or a sum of others, or there are
+            too few data.
+
+    Example:
+        >>> gaussian = Gaussian((2,))
+        >>> run = gaussian.fit(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]]))
+        >>> gaussian.log_prob(torch.ones(1, 2)).value  # the mean, unit covariance: - log 2 pi
+        tensor([-1.8379], dtype=torch.float64)
+    """
+
+    family = "gaussian"
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        covariance: str = "full",
+        *,
+        rank: int | None = None,
+        preprocess: Transform | None = None,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess)
+        check_choice("covariance", covariance, COVARIANCES)
+        size = math.prod(self.event_shape)
+        if (covariance == "low_rank") != (rank is not None):
+            raise ValueError("`rank` goes with covariance='low_rank', and is needed there" + f"; got {rank}")
+        check_positive("rank", rank, allow_none=True)
+        self.covariance, self.rank = covariance, rank
+        self.loc = nn.Parameter(torch.zeros(size))
+        self.log_scale = nn.Parameter(torch.zeros(size))
+        with self.initial_weights(seed):
+            if covariance == "full":
+                self.lower = nn.Parameter(torch.zeros(size, size))
+            if covariance == "low_rank":
+                self.factor = nn.Parameter(0.1 * torch.randn(size, rank))  # type: ignore[call-overload]
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        return {"event_shape": list(self.event_shape), "covariance": self.covariance, "rank": self.rank}
+
+    def prime(self, data: Batch) -> None:
+        """Start at the mean and the standard deviations of the data."""
+        x = self._prepared(data)[0]["x"].flatten(1)
+        with torch.no_grad():
+            self.loc.copy_(x.mean(0))
+            self.log_scale.copy_(x.std(0, correction=0).clamp(min=1e-6).log())
+
+    def solve(self, batch: dict[str, Tensor]) -> str:
+        """The sample mean and covariance; nothing for a low rank."""
+        if self.covariance == "low_rank":
+            return ""
+        x = batch["x"].flatten(1).double()
+        centred = x - x.mean(0)
+        if self.covariance == "full":
+            lower, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(x))
+            scale = lower.diagonal()
+        else:
+            scale, failed = centred.square().mean(0).sqrt(), torch.zeros(())
+        _check_scale(scale, centred, bool(failed))
+        self.loc.copy_(x.mean(0))
+        self.log_scale.copy_(scale.log())
+        if self.covariance == "full":
+            self.lower.copy_(lower.tril(-1))
+        return "closed form: the sample mean and covariance"
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """p(x)."""
+        with self.plate(x, context):
+            return pyro.sample("x", with_event_shape(self.distribution(), self.event_shape), obs=x)
+
+    def distribution(self) -> dist.TorchDistribution:
+        """The distribution of the D numbers of x."""
+        scale = self.log_scale.exp()
+        if self.covariance == "full":
+            return dist.MultivariateNormal(self.loc, scale_tril=self.lower.tril(-1) + scale.diag())
+        if self.covariance == "low_rank":
+            return dist.LowRankMultivariateNormal(self.loc, self.factor, scale.square())
+        return dist.Normal(self.loc, scale).to_event(1)
+
+
+def _check_scale(scale: Tensor, centred: Tensor, failed: bool) -> None:
+    """Refuse a singular covariance, naming a column that makes it so."""
+    spread = centred.square().mean(0).sqrt()
+    floor = 1e-6 * spread.max()
+    if not failed and bool((scale > floor).all()):
+        return
+    column = int(((spread <= floor) if bool((spread <= floor).any()) else ~(scale > floor)).nonzero()[0, 0])
+    what = "is constant" if spread[column] <= floor else "is a linear combination of others, or there are too few data"
+    raise ValueError(
+        f"the covariance of `data` is singular: number {column} of each datum {what} ({len(centred)} data of "
+        f"{len(spread)} numbers); drop it, or use covariance='low_rank' or 'diagonal'"
+    )
