@@ -77,7 +77,7 @@ class Gaussian(GenerativeModel):
             if covariance == "full":
                 self.lower = nn.Parameter(torch.zeros(size, size))
             if covariance == "low_rank":
-                self.factor = nn.Parameter(0.1 * torch.randn(size, rank))  # type: ignore[call-overload]
+                self.factor = nn.Parameter(0.1 * torch.randn(size, rank or 1))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
