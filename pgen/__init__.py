@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import data, models, objectives, training
+from . import data, evaluation, models, objectives, training
 from .base import GenerativeModel, Pair, load
 from .contracts import Draws, NotAvailable, Run, Score
+from .evaluation.compare import compare
 from .multistart import Restarts, multistart
 from .objectives import ELBO, IWAE
 from .training import Training
@@ -23,8 +24,10 @@ __all__ = [
     "Run",
     "Score",
     "Training",
+    "compare",
     "data",
     "diagnostics",
+    "evaluation",
     "load",
     "models",
     "multistart",

@@ -25,6 +25,7 @@ from .contracts import (
     Batch,
     DataSource,
     Draws,
+    Measure,
     NotAvailable,
     Run,
     Score,
@@ -770,10 +771,21 @@ class GenerativeModel(_Questions, PyroModule):
         reference = next(self.parameters())
         return x.to(reference.device, reference.dtype)
 
-    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
+    def _observed(self, batch: Batch) -> tuple[Batch, Term | None]:
+        """The preprocessed batch, and the observed site at its first row."""
         with isolated(self.home), keyed_rng(0, _device(batch)), _evaluating(self), torch.no_grad():
             prepared = self.prepare(batch)
-            site = run_pair(*self.programs(), take(prepared, slice(0, 1))).model.get("x")
+            return prepared, run_pair(*self.programs(), take(prepared, slice(0, 1))).model.get("x")
+
+    def _measure(self, batch: Batch) -> Measure:
+        """Whether this family gives these data a density or a mass."""
+        if self.preprocess is not None and self.preprocess.kind == "lower_bound":  # a density that bounds a mass
+            return "mass"
+        site = self._observed(take(batch, slice(0, 1)))[1]
+        return "" if site is None else site.measure
+
+    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
+        prepared, site = self._observed(batch)
         if site is None:
             return None
         where, fn = "model site 'x'", site.fn
@@ -854,6 +866,7 @@ class GenerativeModel(_Questions, PyroModule):
         settings = AIS.of(method, options)
         batch = self._batch("x", x, context)
         self._check_support(batch)
+        measure = self._measure(batch)
         asked = self._asked(seed, compile, progress)
         device = next(self.parameters()).device
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(asked["seed"], "log_prob"), device):
@@ -862,16 +875,15 @@ class GenerativeModel(_Questions, PyroModule):
             latents = run_program(self.guide, take(prepared, slice(0, 1)))
             if settings is not None:
                 found = anneal(*self.programs(), prepared, settings, **asked)
-                return Score(
-                    found.value + log_det, "lower_bound", math.prod(self.event_shape), found.error, settings.num_chains
-                )
+                size, chains = math.prod(self.event_shape), settings.num_chains
+                return Score(found.value + log_det, "lower_bound", size, found.error, chains, measure)
             draws = int(num_samples) if latents else 1
             value, error = importance_bound(self.model, self.guide, prepared, draws, batch_size=batch_size, **asked)
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         size = math.prod(self.event_shape)
         if not latents:
-            return Score(value + log_det, "lower_bound" if bounded else "exact", size)
-        return Score(value + log_det, "lower_bound", size, error, num_samples)
+            return Score(value + log_det, "lower_bound" if bounded else "exact", size, measure=measure)
+        return Score(value + log_det, "lower_bound", size, error, num_samples, measure)
 
     def bdmc(
         self,
@@ -1382,16 +1394,18 @@ class Pair(_Questions):
             if shared:
                 raise NotAvailable(f"data share {shared[0]!r}, so no datum has a density of its own; ask for posterior(data)")
             size = sum(math.prod(t.fn.event_shape) for t in traces.likelihoods.values())
+            measures = {term.measure for term in traces.likelihoods.values()}
+            measure: Measure = measures.pop() if len(measures) == 1 else ""
             if settings is not None:
                 found = anneal(*self.programs(), batch, settings, **asked)
-                return Score(found.value, "lower_bound", size, found.error, settings.num_chains)
+                return Score(found.value, "lower_bound", size, found.error, settings.num_chains, measure)
             value, error = importance_bound(
                 *self.programs(), batch, int(num_samples) if traces.guide else 1, batch_size=batch_size,
                 unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS, **asked,
             )  # fmt: skip
         if not traces.guide:
-            return Score(value, "exact", size)
-        return Score(value, "lower_bound", size, error, num_samples)
+            return Score(value, "exact", size, measure=measure)
+        return Score(value, "lower_bound", size, error, num_samples, measure)
 
     def log_evidence(
         self,

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "KIND_WORDS",
     "Batch",
     "DataSource",
     "Draws",
     "Kind",
+    "Measure",
     "NotAvailable",
     "Program",
     "Run",
@@ -28,6 +30,7 @@ __all__ = [
     "check_choice",
     "check_event_shape",
     "check_positive",
+    "difference_kind",
     "nearest",
 ]
 
@@ -39,13 +42,17 @@ Seed: TypeAlias = int | torch.Generator
 
 Kind: TypeAlias = Literal["exact", "lower_bound", "upper_bound", "estimate", "unnormalised"]
 
-_KIND_WORDS: dict[str, str] = {
+Measure: TypeAlias = Literal["density", "mass", "ratio", ""]
+"""What a score is the logarithm of: a density (per unit of volume), a probability, the ratio of two; empty if not known."""
+
+KIND_WORDS: dict[str, str] = {
     "exact": "exact",
     "lower_bound": "lower bound",
     "upper_bound": "upper bound",
     "estimate": "estimate",
     "unnormalised": "unnormalised",
 }
+"""Kinds of scores, as they are printed."""
 
 
 class NotAvailable(NotImplementedError):
@@ -86,12 +93,19 @@ class Score:
         event_size: Number of scalar dimensions of one datum, for ``bits_per_dim``.
         mc_error: Monte Carlo standard error of each number, in nats; None where no sampling is involved.
         num_samples: Samples a datum behind the numbers, if any.
+        measure: ``density``, ``mass`` or ``ratio``; empty where it is not known. Only like is compared with like.
+
+    ``a - b`` is the log-ratio of two scores of the same data. It knows what the kinds leave it: of a lower bound less an exact
+    value a lower bound, of two lower bounds an estimate.
 
     Example:
         >>> import torch
         >>> score = Score(torch.tensor([-2.0, -4.0]), kind="exact", event_size=3)
         >>> score.mean, round(score.std_error, 4)
         (-3.0, 1.0)
+        >>> bound = Score(torch.tensor([-1.0, -3.5]), kind="lower_bound", event_size=3)
+        >>> (bound - score).kind, (score - bound).kind, (bound - score).mean
+        ('lower_bound', 'upper_bound', 0.75)
     """
 
     value: Tensor
@@ -99,14 +113,40 @@ class Score:
     event_size: int = 1
     mc_error: Tensor | None = None
     num_samples: int | None = None
+    measure: Measure = ""
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, tuple(_KIND_WORDS))
+        check_choice("kind", self.kind, tuple(KIND_WORDS))
+        check_choice("measure", self.measure, get_args(Measure))
         if self.value.dim() != 1:
             raise ValueError(f"`value` should have one number a datum, shape (N,), got {tuple(self.value.shape)}")
 
     def __len__(self) -> int:
         return len(self.value)
+
+    def __sub__(self, other: Score) -> Score:
+        """The log-ratio of two scores of the same data, datum by datum."""
+        if not isinstance(other, Score):
+            return NotImplemented
+        self.check_comparable(other)
+        errors = [score.mc_error for score in (self, other) if score.mc_error is not None]
+        error = torch.stack([e.to(self.value.device).double() for e in errors]).square().sum(0).sqrt() if errors else None
+        value = self.value.double() - other.value.double().to(self.value.device)
+        return Score(value, difference_kind(self.kind, other.kind), self.event_size, error, None, "ratio")
+
+    def check_comparable(self, other: Score, these: str = "one score", those: str = "the other") -> None:
+        """Raise ValueError unless both are of as many data, of one event size, and both densities or both masses."""
+        if len(self) != len(other):
+            raise ValueError(f"{these} has {len(self)} data, {those} {len(other)}; score the same data with both")
+        if self.event_size != other.event_size:
+            raise ValueError(
+                f"a datum of {these} has {self.event_size} numbers, one of {those} {other.event_size}; score the same data"
+            )
+        if self.measure and other.measure and self.measure != other.measure:
+            raise ValueError(
+                f"{these} is a log-{self.measure}, {those} a log-{other.measure}: the units differ; fit the density with "
+                "preprocess=pgen.data.Dequantize(levels), which bounds the mass, or compare like with like"
+            )
 
     @property
     def mean(self) -> float:
@@ -134,9 +174,28 @@ class Score:
     def __str__(self) -> str:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
         return (
-            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum ({_KIND_WORDS[self.kind]}{samples}), "
+            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum ({KIND_WORDS[self.kind]}{samples}), "
             f"{self.bits_per_dim:.3f} bits/dim, {len(self)} data"
         )
+
+
+_SIDE = {"exact": 0, "lower_bound": -1, "upper_bound": 1}
+
+
+def difference_kind(first: Kind, second: Kind) -> Kind:
+    """What a difference is, from what its terms are.
+
+    Example:
+        >>> difference_kind("lower_bound", "upper_bound"), difference_kind("lower_bound", "lower_bound")
+        ('lower_bound', 'estimate')
+    """
+    if "unnormalised" in (first, second):
+        return "unnormalised"
+    if "estimate" in (first, second):
+        return "estimate"
+    sides = {_SIDE[first], -_SIDE[second]} - {0}
+    kinds: dict[int, Kind] = {-1: "lower_bound", 1: "upper_bound"}
+    return "estimate" if len(sides) > 1 else kinds[sides.pop()] if sides else "exact"
 
 
 @dataclass(repr=False)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgen.contracts import Run, check_positive
+from pgen.contracts import KIND_WORDS, Run, check_positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["latent_space", "plot_bound", "plot_khat", "reconstructions", "sample_grid", "save"]
+    from pgen.evaluation.compare import Comparison
+
+__all__ = ["comparison", "latent_space", "plot_bound", "plot_khat", "reconstructions", "sample_grid", "save"]
 
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
 GUTTER = 0.62  # between images: neither ink nor paper
@@ -203,6 +205,39 @@ def plot_khat(khat: Any, khat_se: Any = None, threshold: float = 0.7) -> Figure:
     _label(ax, "datum, in order of k", "Pareto k [no unit]", f"{bad} of {len(k)} above {threshold:.2g}{missing}")
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom, max(top, 1.1, threshold + 0.1))
+    return figure
+
+
+_KIND_MARKERS = {"exact": "o", "lower_bound": ">", "upper_bound": "<", "estimate": "d", "unnormalised": "x"}
+"""An arrow points to where the density itself may lie."""
+
+
+def comparison(found: Comparison) -> Figure:
+    r"""Models by rank: the difference of each to the first, with the paired interval that the verdicts rest on.
+
+    An arrow marks a bound, and points to where the log-density itself may lie. Blue are models that no other is shown to be
+    better than. The axis is logarithmic away from zero where differences span more than a factor of a hundred.
+
+    Args:
+        found: What ``pgen.compare`` returned.
+    """
+    first = found.names[0]
+    figure, (ax,) = _figure(7.0, 1.3 + 0.42 * len(found.names))
+    differences = [found.difference(name, first) for name in found.names]
+    shown = [abs(d.mean) for d in differences[1:] if math.isfinite(d.mean)]
+    if shown and max(shown) > 100 * max(min(shown), 1e-9):
+        ax.set_xscale("symlog", linthresh=max(min(shown), max(shown) / 1e4))
+    for rank, (name, difference) in enumerate(zip(found.names, differences)):
+        score = found.scores[name]
+        colour = BLUE if name in found.best else ORANGE
+        if math.isfinite(difference.mean):
+            bar = 0.0 if rank == 0 or math.isnan(difference.std_error) else difference.width * difference.std_error
+            ax.errorbar(difference.mean, rank, xerr=bar, color=colour, fmt=_KIND_MARKERS[score.kind], markersize=7, capsize=3)
+    ax.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
+    labels = [f"{name}\n{found.scores[name].mean:.2f}, {KIND_WORDS[found.scores[name].kind]}" for name in found.names]
+    ax.set_yticks(range(len(labels)), labels, color=INK, fontsize=9)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    _label(ax, f"difference to {first} [nats a datum]", "", f"{len(found.scores[first])} held-out data: higher is better")
     return figure
 
 

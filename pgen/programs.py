@@ -27,7 +27,7 @@ from torch.distributions.constraints import Constraint
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .contracts import Batch, Draws, nearest
+from .contracts import Batch, Draws, Measure, nearest
 from .enumeration import Marginal, enumerating, is_finite, marginals
 
 __all__ = [
@@ -297,6 +297,14 @@ class Term:
     observed: bool
     auxiliary: bool
     mask: Any = None
+
+    @property
+    def measure(self) -> Measure:
+        """Whether the site has a density or a mass; empty where its distribution does not say."""
+        try:
+            return "mass" if self.fn.support.is_discrete else "density"
+        except (NotImplementedError, AttributeError):  # torch's and Pyro's ways of having no support
+            return ""
 
     @property
     def local(self) -> bool:
