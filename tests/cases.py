@@ -165,6 +165,8 @@ CASES: dict[str, Case] = {
     "vae_categorical_context": Case(vae("categorical", num_classes=CLASSES, context_dim=CONTEXT), _CLASSES, _CONTEXT),
     "vae_gaussian": Case(vae("gaussian"), _REALS),
     "vae_gaussian_context": Case(vae("gaussian", context_dim=CONTEXT), _REALS, _CONTEXT),
+    "vae_gaussian_mixture": Case(vae("gaussian_mixture", components=2), _REALS),
+    "vae_discretized": Case(vae("discretized_logistic_mixture", num_classes=CLASSES, components=2), _CLASSES),
     "vae_standardized": Case(lambda seed: vae("gaussian", preprocess=Standardize())(seed), _REALS),
     "vae_dequantized": Case(
         lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()

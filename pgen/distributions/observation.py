@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..contracts import check_positive
+from .discretized import DiscretizedLogisticMixture
 
-__all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "Observation"]
+__all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "DiscretizedLogistic", "Gaussian", "GaussianMixture", "Observation"]
 
 
 class Observation:
@@ -117,16 +118,98 @@ class Gaussian(Observation):
         return torch.stack([x.mean(0), torch.log(torch.expm1(sd))], -1).reshape(-1)
 
 
-OBSERVATIONS: dict[str, type[Observation]] = {o.name: o for o in (Bernoulli, Categorical, Gaussian)}
+class GaussianMixture(Observation):
+    r""":math:`p(x) = \prod_d \sum_k \pi_{dk} \mathcal{N}(x_d; \mu_{dk}, \sigma_{dk}^2)`: a mixture for each scalar of x.
+
+    Outputs are K logits, K means and K raw scales, :math:`\sigma = 0.001 + \operatorname{softplus}(s)`.
+    """
+
+    name = "gaussian_mixture"
+    floor = Gaussian.floor
+
+    def __init__(self, event_shape: tuple[int, ...], components: int = 10) -> None:
+        super().__init__(event_shape)
+        check_positive("components", components)
+        self.components, self.outputs = components, 3 * components
+
+    def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
+        """Independent mixtures."""
+        logits, loc, raw = self.split(outputs).chunk(3, -1)
+        parts = dist.Normal(loc, self.floor + torch.nn.functional.softplus(raw))
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts).to_event(len(self.event_shape))
+
+    def start(self, x: Tensor) -> Tensor:
+        """Equal weights, means at evenly spaced quantiles of each coordinate."""
+        loc, sd = _spread(x, self.components, least=0.01)
+        return torch.cat([torch.zeros_like(loc), loc, torch.log(torch.expm1(sd))], -1).reshape(-1)
+
+
+class DiscretizedLogistic(Observation):
+    r"""A mixture of logistics, rounded to the levels 0, ..., num_classes - 1, for each scalar of x.
+
+    Outputs are K logits, K centres and K log-scales, for levels that span [-1, 1]; log-scales are at least -7. See
+    ``DiscretizedLogisticMixture``: an ordered alternative to ``categorical``, with 3 K outputs however many levels there are.
+    """
+
+    name = "discretized_logistic_mixture"
+    least = -7.0
+
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int, components: int = 10) -> None:
+        super().__init__(event_shape)
+        check_positive("components", components)
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` should be at least 2 levels, got {num_classes}")
+        self.levels, self.components, self.outputs = num_classes, components, 3 * components
+
+    def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
+        """Independent mixtures of discretised logistics."""
+        logits, loc, log_scale = self.split(outputs).chunk(3, -1)
+        mixture = DiscretizedLogisticMixture(logits, loc, log_scale.clamp(min=self.least), self.levels)
+        return mixture.to_event(len(self.event_shape))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Levels as numbers in [-1, 1]."""
+        return x * (2 / (self.levels - 1)) - 1
+
+    def start(self, x: Tensor) -> Tensor:
+        """Equal weights, centres at evenly spaced quantiles of each coordinate."""
+        loc, sd = _spread(self.features(x), self.components, least=1 / (self.levels - 1))
+        return torch.cat([torch.zeros_like(loc), loc, (0.5 * sd).log()], -1).reshape(-1)
+
+
+def _spread(x: Tensor, components: int, least: float) -> tuple[Tensor, Tensor]:
+    """Evenly spaced quantiles of each coordinate, and its standard deviation, each ``(*event_shape, components)``."""
+    x = x.double()
+    levels = (torch.arange(components).to(x) + 0.5) / components
+    sd = x.std(0, correction=0).clamp(min=least)
+    return x.quantile(levels, dim=0).movedim(0, -1), sd.unsqueeze(-1).expand(*sd.shape, components)
+
+
+OBSERVATIONS: dict[str, type[Observation]] = {
+    o.name: o for o in (Bernoulli, Categorical, Gaussian, GaussianMixture, DiscretizedLogistic)
+}
 """Observation models by name."""
+LEVELS = ("categorical", "discretized_logistic_mixture")
+"""Those of finitely many levels, which ``num_classes`` counts."""
+MIXTURES = ("gaussian_mixture", "discretized_logistic_mixture")
+"""Those of several ``components``."""
 
 
-def observation(likelihood: str, event_shape: tuple[int, ...], num_classes: int | None) -> Observation:
-    """The named observation model; ``num_classes`` goes with ``categorical`` alone."""
-    if likelihood == "categorical":
+def observation(
+    likelihood: str, event_shape: tuple[int, ...], num_classes: int | None = None, components: int | None = None
+) -> Observation:
+    """The named observation model; ``num_classes`` goes with levels, ``components`` (default 10) with mixtures."""
+    options: dict[str, int] = {}
+    if (num_classes is None) == (likelihood in LEVELS):
+        known = " or ".join(repr(name) for name in LEVELS)
         if num_classes is None:
-            raise ValueError("`num_classes` is missing: likelihood='categorical' needs the number of values that x takes")
-        return Categorical(event_shape, num_classes)
+            raise ValueError(f"`num_classes` is missing: likelihood={likelihood!r} needs the number of values that x takes")
+        raise ValueError(f"`num_classes` goes with likelihood={known}, not {likelihood!r}; leave it out")
     if num_classes is not None:
-        raise ValueError(f"`num_classes` goes with likelihood='categorical', not {likelihood!r}; leave it out")
-    return OBSERVATIONS[likelihood](event_shape)
+        options["num_classes"] = num_classes
+    if components is not None:
+        if likelihood not in MIXTURES:
+            known = " or ".join(repr(name) for name in MIXTURES)
+            raise ValueError(f"`components` goes with likelihood={known}, not {likelihood!r}; leave it out")
+        options["components"] = components
+    return OBSERVATIONS[likelihood](event_shape, **options)

@@ -41,9 +41,11 @@ class VAE(GenerativeModel):
         hidden: Sizes of the encoder's hidden layers; the decoder's are the same in reverse.
         encoder: The family of q(z | x): ``"gaussian"`` (diagonal), ``"full_covariance"`` or ``"flow"`` (an inverse
             autoregressive flow that sees x); see ``pgen.guides``.
-        likelihood: ``"bernoulli"`` (x in {0, 1}), ``"categorical"`` (x in {0, ..., num_classes - 1}) or ``"gaussian"``
-            (real x; mean and standard deviation both functions of z).
-        num_classes: Values of a categorical x.
+        likelihood: ``"bernoulli"`` (x in {0, 1}), ``"categorical"`` (x in {0, ..., num_classes - 1}), ``"gaussian"``
+            (real x; mean and standard deviation both functions of z), ``"gaussian_mixture"`` or
+            ``"discretized_logistic_mixture"`` (ordered levels 0, ..., num_classes - 1).
+        num_classes: Values of a categorical x, or its levels.
+        components: Of a mixture, for each number of x (default 10).
         activation: ``"silu"``, ``"tanh"``, ``"relu"``, ``"softplus"``, or the module class itself.
         context_dim: Size of the vector that model and guide are conditioned on; 0 for none.
         preprocess: Invertible preprocessing of x.
@@ -66,6 +68,7 @@ class VAE(GenerativeModel):
         encoder: str = "gaussian",
         likelihood: str = "bernoulli",
         num_classes: int | None = None,
+        components: int | None = None,
         activation: str | type[nn.Module] = "silu",
         context_dim: int = 0,
         preprocess: Transform | None = None,
@@ -76,8 +79,8 @@ class VAE(GenerativeModel):
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
         check_choice("encoder", encoder, tuple(ENCODERS))
         self.latent_dim, self.likelihood, self.num_classes, self.encoder_name = latent_dim, likelihood, num_classes, encoder
-        self.hidden, self.activation = tuple(hidden), ACTIVATIONS.name(activation)
-        self.observation = observation(likelihood, self.event_shape, num_classes)
+        self.components, self.hidden, self.activation = components, tuple(hidden), ACTIVATIONS.name(activation)
+        self.observation = observation(likelihood, self.event_shape, num_classes, components)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
         with self.initial_weights(seed):
             self.encoder = ENCODERS[encoder](
@@ -87,7 +90,7 @@ class VAE(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("latent_dim", "likelihood", "num_classes", "activation", "context_dim")
+        names = ("latent_dim", "likelihood", "num_classes", "components", "activation", "context_dim")
         plain = {n: getattr(self, n) for n in names}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), "encoder": self.encoder_name, **plain}
 
