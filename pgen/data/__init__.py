@@ -1,5 +1,6 @@
-"""Data: sources that read it, batches that order it, transforms that prepare it."""
+"""Data: sources that read it, batches that order it, transforms that prepare it, targets that know their own density."""
 
+from . import toy
 from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
 from .batches import Batches, chunks, epoch_order, key, permute, step_keys
 from .sources import Loaded, Split, digits, idx_folder, load
@@ -33,4 +34,5 @@ __all__ = [
     "rows",
     "step_keys",
     "to_device",
+    "toy",
 ]
