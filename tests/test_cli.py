@@ -264,7 +264,7 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "digits"], "--model is missing: name a family (known: autoencoder, vae"),
+        (["fit", "digits"], "--model is missing: name a family (known: autoencoder"),
         (["fit", "digits", "--model", "vea"], "did you mean 'vae'?"),
         (["fit", "digit", "--model", "vae"], "did you mean 'digits'?"),
         (["fit", "absent.csv", "--model", "vae"], "there is no file or data set 'absent.csv'"),
