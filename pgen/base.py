@@ -40,9 +40,11 @@ from .data.arrays import as_batch, check_finite, fingerprint, is_source
 from .data.batches import key
 from .data.stored import Checked, look_rows
 from .data.transforms import Transform, from_settings
+from .distributions.autoregressive import stepping
 from .evaluation.annealing import AIS, Sandwich, anneal, bidirectional, log_mean, simulate
 from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
 from .evaluation.posterior import by_rows, draw_posterior, draw_predictive, many
+from .evaluation.steps import Steps
 from .evaluation.units import TIERS
 from .guides.automatic import AUTOMATIC, Flow, Latent
 from .ladder import Ladder, climb
@@ -66,6 +68,7 @@ from .programs import (
     run_latents,
     run_pair,
     run_program,
+    run_values,
     vectorize,
 )
 from .training.autopsy import autopsy
@@ -528,6 +531,8 @@ class GenerativeModel(_Questions, PyroModule):
 
     A family that takes ``"observed"`` knows missing entries: NaN in x becomes 0 there, and False in ``observed``.
     """
+    stepwise: ClassVar[bool] = False
+    """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
     default_batch_size = 100
     default_epochs = 100
 
@@ -816,16 +821,21 @@ class GenerativeModel(_Questions, PyroModule):
 
         def generated(batch: Batch, count: int) -> Tensor:
             with PlateSize(count):
-                return run_program(self.model, cast(dict[str, Any], batch))["x"].value
+                return cast(Tensor, run_values(self.model, cast(dict[str, Any], batch))["x"])
 
-        with isolated(self.home), _evaluating(self), torch.no_grad():
-            options = self._asked(seed, compile, progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), self._stepping(compile, progress):
+            options = self._asked(seed, "eager" if self.stepwise else compile, progress)
             if where is None:
                 device = next(self.parameters()).device
                 x = many(generated, {"context": None}, int(n), SAMPLE_ROWS, name="sample", device=device, **options)
             else:
                 x = by_rows(lambda b: generated(b, batch_length(b)), {"context": where}, SAMPLE_ROWS, name="sample", **options)
         return x if self.preprocess is None else self.preprocess.inverse(x)
+
+    def _stepping(self, compile: str, progress: bool) -> AbstractContextManager[None]:
+        """Inside, the steps of autoregressive sites run in the tier asked for."""
+        check_choice("compile", compile, TIERS)
+        return stepping(Steps([*self.parameters(), *self.buffers()], compile=compile, progress=progress))
 
     def log_prob(
         self,

@@ -56,6 +56,7 @@ __all__ = [
     "run_model",
     "run_pair",
     "run_program",
+    "run_values",
     "vectorize",
 ]
 
@@ -547,6 +548,11 @@ def _constant(tensor: Tensor) -> Tensor:
 def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = False) -> dict[str, Term]:
     """Run one program and describe its sites; inside ``isolated``."""
     return _terms(_trace(program, batch), double)
+
+
+def run_values(program: Callable[..., Any], batch: Batch) -> dict[str, Any]:
+    """Run one program and take the values that its sites draw, without their densities; inside ``isolated``."""
+    return _values(_trace(program, batch))
 
 
 def run_model(model: Callable[..., Any], batch: Batch, values: dict[str, Tensor], *, double: bool = False) -> dict[str, Term]:

@@ -7,6 +7,8 @@ from typing import ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
 from ..contracts import check_positive
 from .discretized import DiscretizedLogisticMixture
@@ -35,6 +37,23 @@ class Observation:
         """The distribution of x, event shape ``event_shape``."""
         raise NotImplementedError
 
+    def at(self, outputs: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """The distribution of x where x is what is at position ``t`` of a sequence: the same at every position.
+
+        Shapes: outputs ``(B, outputs)`` with t ``()``, or ``(B, T, outputs)`` with t ``(T,)``.
+        """
+        return self.distribution(outputs)
+
+    def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """One draw at position t, ``(B, *event_shape)``: where it can, from noise that does not depend on the outputs."""
+        fn = self.at(outputs, t)
+        return fn.rsample() if fn.has_rsample else fn.sample()
+
+    @property
+    def support(self) -> Constraint:
+        """The values that each number of x may take."""
+        raise NotImplementedError
+
     def mean(self, outputs: Tensor) -> Tensor:
         """The mean of x, ``(*batch, *event_shape)``."""
         return self.distribution(outputs).mean
@@ -56,6 +75,12 @@ class Bernoulli(Observation):
 
     name = "bernoulli"
     outputs = 1
+    support = constraints.boolean
+
+    def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """1 where a uniform number lies below the probability."""
+        probs = torch.sigmoid(self.split(outputs).squeeze(-1))
+        return (torch.rand_like(probs) < probs).to(probs.dtype)
 
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
         """Independent Bernoulli variables."""
@@ -75,6 +100,16 @@ class Categorical(Observation):
         super().__init__(event_shape)
         check_positive("num_classes", num_classes)
         self.outputs = num_classes
+
+    @property
+    def support(self) -> Constraint:
+        """0, ..., num_classes - 1."""
+        return constraints.integer_interval(0, self.outputs - 1)
+
+    def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """The class with the largest logit plus Gumbel noise."""
+        logits = self.split(outputs)
+        return (logits - (-torch.rand_like(logits).log()).log()).argmax(-1)
 
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
         """Independent categorical variables."""
@@ -104,6 +139,7 @@ class Gaussian(Observation):
 
     name = "gaussian"
     outputs = 2
+    support = constraints.real
     floor = 1e-3
 
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -126,11 +162,19 @@ class GaussianMixture(Observation):
 
     name = "gaussian_mixture"
     floor = Gaussian.floor
+    support = constraints.real
 
     def __init__(self, event_shape: tuple[int, ...], components: int = 10) -> None:
         super().__init__(event_shape)
         check_positive("components", components)
         self.components, self.outputs = components, 3 * components
+
+    def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """The component by Gumbel noise, then its Gaussian."""
+        logits, loc, raw = self.split(outputs).chunk(3, -1)
+        component = (logits - (-torch.rand_like(logits).log()).log()).argmax(-1, keepdim=True)
+        loc, raw = (part.gather(-1, component).squeeze(-1) for part in (loc, raw))
+        return loc + (self.floor + torch.nn.functional.softplus(raw)) * torch.randn_like(loc)
 
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
         """Independent mixtures."""
@@ -160,6 +204,11 @@ class DiscretizedLogistic(Observation):
         if num_classes < 2:
             raise ValueError(f"`num_classes` should be at least 2 levels, got {num_classes}")
         self.levels, self.components, self.outputs = num_classes, components, 3 * components
+
+    @property
+    def support(self) -> Constraint:
+        """0, ..., num_classes - 1."""
+        return constraints.integer_interval(0, self.levels - 1)
 
     def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
         """Independent mixtures of discretised logistics."""

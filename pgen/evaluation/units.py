@@ -23,7 +23,19 @@ from ..contracts import Batch, check_choice
 from ..programs import batch_length, keyed_rng, seed_generators
 from ..training.capture import CaptureRefused, CompileFailed, capture, compile_graph
 
-__all__ = ["QUIET_SECONDS", "TIERS", "Deal", "Unit", "device_of", "opened", "rows_of"]
+__all__ = [
+    "CAPTURE_SECONDS",
+    "COMPILE_SECONDS",
+    "QUIET_SECONDS",
+    "TIERS",
+    "Deal",
+    "Unit",
+    "compiled",
+    "device_of",
+    "estimate",
+    "opened",
+    "rows_of",
+]
 
 QUIET_SECONDS = 2.0
 """A question that is answered within about this time shows nothing."""
@@ -38,9 +50,9 @@ _FLOP = 1e-11
 """Estimated seconds for each floating-point operation of a product."""
 _FEW_CALLS = 8
 """Calls that are never worth a capture."""
-_CAPTURE_SECONDS = 3.0
+CAPTURE_SECONDS = 3.0
 """Estimated eager seconds above which capture pays (it takes about one)."""
-_COMPILE_SECONDS = 20.0
+COMPILE_SECONDS = 20.0
 """Estimated eager seconds above which compilation pays (it takes about five, the first time)."""
 _MOST_OPERATIONS = 5000
 """Operations of one unit above which capture takes too long."""
@@ -83,7 +95,7 @@ class Unit:
         seconds = math.inf
         if compile == "auto":
             seconds = self._estimate(inputs) * calls if calls >= _FEW_CALLS else 0.0
-        if compile != "eager" and seconds >= _CAPTURE_SECONDS:
+        if compile != "eager" and seconds >= CAPTURE_SECONDS:
             self._capture(fn, held, inputs, inputs if other is None else other, compile, seconds)
 
     def __call__(self, noise: int | None, *inputs: Tensor) -> list[Tensor]:
@@ -97,13 +109,8 @@ class Unit:
             return list(self._fn(*self._held, *inputs))
 
     def _estimate(self, inputs: Sequence[Tensor]) -> float:
-        """Seconds of one eager call, estimated from what it does."""
-        with keyed_rng(0, self._device), torch.no_grad(), _Meter() as meter:
-            self._fn(*inputs)
-        if meter.operations > _MOST_OPERATIONS:
-            self.reason = f"a unit makes {meter.operations} operations, too many to capture"
-            return 0.0
-        return meter.seconds
+        seconds, self.reason = estimate(self._fn, inputs, self._device)
+        return seconds
 
     def _capture(
         self,
@@ -122,15 +129,25 @@ class Unit:
                 graph = capture(whole, [*held, *inputs], [*held, *other], lambda k: seed_generators(k, self._device))
             self._held = [t.detach() for t in held]
             self.tier, self._fn = "graph", graph.forward
-            if compile == "compiled" or (compile == "auto" and seconds >= _COMPILE_SECONDS):
-                self._fn, self.tier = _compiled(graph, [*self._held, *inputs]), "compiled"
+            if compile == "compiled" or (compile == "auto" and seconds >= COMPILE_SECONDS):
+                self._fn, self.tier = compiled(graph, [*self._held, *inputs]), "compiled"
         except (CaptureRefused, CompileFailed) as refusal:
             self.reason = str(refusal)
             if compile != "auto":
                 raise ValueError(f"compile={compile!r} cannot be had, {refusal}; leave it out, or use 'eager'") from refusal
 
 
-def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def estimate(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], device: torch.device) -> tuple[float, str]:
+    """Seconds of one eager call, estimated from what it does; or 0 and the reason, if there is too much to capture."""
+    with keyed_rng(0, device), torch.no_grad(), _Meter() as meter:
+        fn(*inputs)
+    if meter.operations > _MOST_OPERATIONS:
+        return 0.0, f"a unit makes {meter.operations} operations, too many to capture"
+    return meter.seconds, ""
+
+
+def compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """The graph in the compiler's code, without the warnings that its parts give."""
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # torch's own, of parts that the compiler uses
             warnings.simplefilter("ignore", kind)
