@@ -269,7 +269,8 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 _PLAIN_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,), "None": (type(None),),
+    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,),
+    "None": (type(None),),
 }  # fmt: skip
 
 
