@@ -856,7 +856,10 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None, numbers:
     """
     base = innermost(fn)
     try:
-        inside = base.support.check(value)
+        support = base.support
+        while isinstance(support, torch.distributions.constraints.independent):  # so that the number that is outside is named
+            support = support.base_constraint
+        inside = support.check(value)
     except NotImplementedError:
         return  # the distribution does not say what its support is, as pyro.contrib.zuko.ZukoToPyro
     for part in (mask, getattr(fn, "_mask", None)):
@@ -870,7 +873,7 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None, numbers:
     got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
     row = first[0] if first else 0
     raise ValueError(
-        f"{where}: data row {row if numbers is None else int(numbers[row])} holds {got}, outside the support {base.support} of "
+        f"{where}: data row {row if numbers is None else int(numbers[row])} holds {got}, outside the support {support} of "
         f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
     )
 

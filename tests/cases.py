@@ -175,6 +175,33 @@ CASES: dict[str, Case] = {
     "gaussian_full": exact(lambda seed: models.Gaussian(EVENT, seed=seed), _REALS),
     "gaussian_diagonal": exact(lambda seed: models.Gaussian(EVENT, "diagonal", preprocess=Standardize(), seed=seed), _REALS),
     "gaussian_low_rank": exact(lambda seed: models.Gaussian(EVENT, "low_rank", rank=2, seed=seed), _REALS),
+    "made": exact(lambda seed: models.MADE(EVENT, (14,), seed=seed), _BITS, values=2),
+    "made_residual": exact(
+        lambda seed: models.MADE(EVENT, (13, 13), residual=True, order="random", dropout=0.1, direct=False, seed=seed),
+        _BITS,
+        values=2,
+    ),
+    "made_orders_context": exact(
+        lambda seed: models.MADE(EVENT, (16, 13), num_orders=3, context_dim=CONTEXT, seed=seed), _BITS, _CONTEXT, values=2
+    ),
+    "made_categorical": exact(
+        lambda seed: models.MADE(EVENT, (15,), likelihood="categorical", num_classes=3, seed=seed), _CLASSES % 3, values=3
+    ),
+    "made_real": exact(
+        lambda seed: models.MADE(EVENT, (15,), likelihood="gaussian_mixture", components=2, num_orders=2, seed=seed), _REALS
+    ),
+    "made_levels": exact(
+        lambda seed: models.MADE(
+            EVENT, (15,), likelihood="discretized_logistic_mixture", num_classes=3, components=2, seed=seed
+        ),
+        _CLASSES % 3,
+        values=3,
+    ),
+    "made_mixed": exact(
+        lambda seed: models.MADE(EVENT, (15,), features=["bernoulli", ("categorical", 2)] * 3, num_orders=2, seed=seed),
+        _BITS,
+        values=2,
+    ),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -95,7 +95,7 @@ def test_samples_have_the_shape_and_dtype_of_the_data(name):
 def test_samples_listen_to_their_context(name):
     case = CASES[name]
     model = case.model()
-    case.fit(model)
+    case.fit(model, steps=30, optimizer=0.02)
     each = model.sample(len(case.x), case.context, seed=1)
     assert each.shape == case.x.shape
     first = model.sample(len(case.x), case.context[:1], seed=1)
@@ -198,7 +198,11 @@ def test_samples_agree_with_the_density(name):
     if case.values:
         base = case.values ** torch.arange(math.prod(case.x.shape[1:])).flip(0)
         counts = torch.bincount((x.flatten(1).long() * base).sum(1), minlength=len(states(case)))
-        p_value = multinomial_goodness_of_fit(density(case, model, states(case)), counts, total_count=len(x))
+        probs = density(case, model, states(case))
+        common = len(x) * probs * (1 - probs) > 5  # states that are rarer are counted together
+        probs, counts = (torch.cat([t[common], t[~common].sum().reshape(1)]) for t in (probs, counts))
+        shown = slice(None, None if len(x) * probs[-1] > 5 else -1)
+        p_value = multinomial_goodness_of_fit(probs[shown], counts[shown], total_count=len(x))
     else:
         p_value = vector_density_goodness_of_fit(x.flatten(1).double(), density(case, model, x))
     assert p_value > 1e-4  # the share of right models that fail

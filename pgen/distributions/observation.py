@@ -62,6 +62,14 @@ class Observation:
         """x as an encoder sees it, floating point of order one."""
         return x
 
+    width = 2
+    """Numbers that ``encode`` makes of one."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x as input of a network to which nothing is zero: its features and a one, ``(*x.shape, width)``."""
+        features = self.features(x)
+        return torch.stack([features, torch.ones_like(features)], -1)
+
     def start(self, x: Tensor) -> Tensor:
         """Outputs that fit the mean of the data, ``(outputs * prod(event_shape),)``."""
         raise NotImplementedError
@@ -100,6 +108,16 @@ class Categorical(Observation):
         super().__init__(event_shape)
         check_positive("num_classes", num_classes)
         self.outputs = num_classes
+        self.width = num_classes if num_classes <= self.most_apart else 2
+
+    most_apart = 32
+    """Classes up to which a network is told them apart, instead of their number."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """One number for each class, 1 for that of x; or the number of the class, where there are many."""
+        if self.outputs > self.most_apart:
+            return super().encode(x)
+        return (x.unsqueeze(-1) == torch.arange(self.outputs, device=x.device)).to(x.dtype)
 
     @property
     def support(self) -> Constraint:

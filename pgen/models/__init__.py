@@ -3,9 +3,11 @@
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .gaussian import Gaussian
+from .made import MADE
 from .vae import VAE
 
 __all__ = [
+    "MADE",
     "REGISTRY",
     "VAE",
     "Autoencoder",

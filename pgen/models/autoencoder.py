@@ -66,7 +66,6 @@ class Autoencoder(GenerativeModel):
     """
 
     family = "autoencoder"
-    has_density = False
 
     def __init__(
         self,
