@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import pyro
@@ -39,8 +40,9 @@ from .contracts import (
 from .data.arrays import as_batch, check_finite, fingerprint, is_source
 from .data.batches import key
 from .data.stored import Checked, look_rows
-from .data.transforms import Transform, from_settings
+from .data.transforms import Compose, Dequantize, Standardize, Transform, from_settings
 from .distributions.autoregressive import stepping
+from .distributions.observation import LEVELS
 from .evaluation.annealing import AIS, Sandwich, anneal, bidirectional, log_mean, simulate
 from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
 from .evaluation.posterior import by_rows, draw_posterior, draw_predictive, many
@@ -533,6 +535,8 @@ class GenerativeModel(_Questions, PyroModule):
     """
     stepwise: ClassVar[bool] = False
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
+    has_density: ClassVar[bool] = True
+    """Whether there is a ``log_prob`` at all."""
     default_batch_size = 100
     default_epochs = 100
 
@@ -553,6 +557,64 @@ class GenerativeModel(_Questions, PyroModule):
         super().__init_subclass__(**kwargs)
         if cls.family:
             FAMILIES[cls.family] = cls
+
+    @classmethod
+    def for_data(cls, x: Any, *, seed: Seed = 0, **settings: Any) -> Self:
+        """A model for data like x, not fitted yet: what ``settings`` leave out, ``suggest`` finds in the data.
+
+        Args:
+            x: Data, ``(N, *event_shape)``.
+            seed: Keys the initial weights.
+            **settings: Arguments of the constructor, but for the event shape.
+
+        Example:
+            >>> from pgen.models import Gaussian
+            >>> Gaussian.for_data(torch.tensor([[0.0, 1.0], [3.0, 1.0]])).preprocess  # counts: a density that bounds their mass
+            Compose(
+              (parts): ModuleList(
+                (0): Dequantize(levels=4)
+                (1): Standardize()
+              )
+            )
+        """
+        x = as_batch(x)
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            raise TypeError(f"`x` should be one array of data, (N, *event_shape), got {type(x).__name__}")
+        accepted = inspect.signature(cls).parameters
+        for name in settings:
+            if name not in accepted:
+                raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
+        made: Any = cls
+        return made(tuple(x.shape[1:]), **{**cls.suggest(x, settings), **settings}, seed=seed)
+
+    @classmethod
+    def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the constructor that the data decide; a family whose constructor needs more refines this.
+
+        By the arguments' names: ``likelihood`` (zeros and ones are Bernoulli, whole numbers up to 255 categorical, all else
+        Gaussian), ``num_classes`` (the highest number and one), ``preprocess`` (real tables are standardised; where the family
+        has densities alone, whole numbers are dequantised first, which gives a bound of their mass).
+
+        Args:
+            x: Data, ``(N, *event_shape)``.
+            given: Arguments that are decided already; ``likelihood`` counts where the constructor has none, too: ``"gaussian"``
+                says that whole numbers are real ones.
+        """
+        accepted, found = inspect.signature(cls).parameters, {}
+        whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
+        top = max(int(x.max()), 1) + 1 if whole else 0
+        discrete = "likelihood" in accepted or "num_classes" in accepted
+        likelihood = given.get("likelihood", ("bernoulli" if top == 2 else "categorical") if whole else "gaussian")
+        if "likelihood" in accepted:
+            found["likelihood"] = likelihood
+        if "num_classes" in accepted and (likelihood in LEVELS or ("likelihood" not in accepted and whole)):
+            found["num_classes"] = top
+        real = not whole or likelihood in ("gaussian", "gaussian_mixture") or not cls.has_density
+        if "preprocess" in accepted and not real and not discrete:
+            found["preprocess"] = Compose([Dequantize(top), Standardize()])
+        elif "preprocess" in accepted and real and x.dim() == 2:
+            found["preprocess"] = Standardize()
+        return found
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
         """The generative program."""
@@ -660,10 +722,10 @@ class GenerativeModel(_Questions, PyroModule):
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
         if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"])
-        asked = (source, objective, optimizer, epochs, steps, batch_size, checkpoint, training)
-        plain = all(option is None for option in asked) and options.keys() <= {"device", "precision"}
-        solvable = type(self).solve is not GenerativeModel.solve
-        if plain and solvable and (run := self._solved(batch, held_out, as_seed(seed), _training(None, options))):
+        asked = (source, objective, optimizer, epochs, steps, batch_size, training)
+        changed = {name for name, value in options.items() if value != getattr(Training, name, ...)}
+        plain = all(option is None for option in asked) and changed <= {"device", "precision"}
+        if plain and self.solvable and (run := self._solved(batch, held_out, as_seed(seed), _training(None, options))):
             return run
         return self._fit(
             batch, held_out, source=source, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps,
@@ -674,12 +736,18 @@ class GenerativeModel(_Questions, PyroModule):
     def solve(self, batch: dict[str, Tensor]) -> str:
         """Set the parameters to those of maximum likelihood in closed form, and say how; where there is none, say nothing.
 
-        ``fit`` asks for it unless an objective, an optimizer, epochs, steps or other ways of training are given.
+        ``fit`` asks for it unless an objective, an optimizer, epochs, steps or other ways of training are given. It is done
+        at once, so there is nothing to resume: a checkpoint folder stays empty.
 
         Args:
             batch: All data, preprocessed, with ``"context"`` and the arguments in ``also``, on the device of the parameters.
         """
         return ""
+
+    @property
+    def solvable(self) -> bool:
+        """Whether the family may know a closed form: then ``fit`` asks ``solve`` first."""
+        return type(self).solve is not GenerativeModel.solve
 
     def _solved(
         self, batch: dict[str, Tensor], validation: dict[str, Tensor] | None, seed: int, settings: Training

@@ -1,7 +1,8 @@
 r"""The command line: it parses, calls and prints; everything else is the library's.
 
-Exit codes: 0 done; 1 ``diagnose`` found a problem; 2 bad input, told in one line on standard error; 70 a defect of pgen, with
-its traceback; 130 interrupted (Ctrl-C) and 143 terminated, after saving what there is.
+Exit codes: 0 done; 1 ``diagnose`` found a problem, or ``compare`` could not fit a family; 2 bad input, told in one line on
+standard error; 70 a defect of pgen, with its traceback; 130 interrupted (Ctrl-C) and 143 terminated, after saving what there
+is.
 
 With ``--json`` a command prints exactly one JSON object on standard output; progress, warnings and whatever a user's own
 program prints go to standard error.
@@ -51,6 +52,10 @@ DataName = Annotated[str, typer.Argument(metavar="DATA", help="A file (csv, npy,
 Programs = Annotated[
     list[str] | None,
     typer.Option("--program", metavar="FILE.py:NAME", help="Your own model, and once more for its guide, if RUN is of one."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An argument of the family's constructor; see `pgen models`. Repeat it."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Keys every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
@@ -110,9 +115,10 @@ def fit(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of Adam.")] = None,
+    settings: Settings = None,
     latent_dim: Annotated[int | None, typer.Option("--latent-dim", help="Latent dimensions.")] = None,
     likelihood: Annotated[
-        str | None, typer.Option("--likelihood", help="bernoulli, categorical or gaussian; left out, the data decide.")
+        str | None, typer.Option("--likelihood", help="bernoulli, categorical, gaussian, ...; left out, the data decide.")
     ] = None,
     guide: Annotated[str | None, typer.Option("--guide", help="For your own model: mean_field, full_rank or flow.")] = None,
     compile: Annotated[str, typer.Option("--compile", help="auto, eager, graph or compiled.")] = "auto",
@@ -124,11 +130,16 @@ def fit(
     """Fit a family to data, or a Pyro program of your own."""
     _check_out(out, overwrite, resume)
     if ".py:" in source[0]:
-        _refuse("a program of your own", {"--model": model, "--latent-dim": latent_dim, "--likelihood": likelihood})
+        options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
+        _refuse("a program of your own", options)
         subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
     else:
         _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
-        subject = runs.Subject.family(source[0], model, {"latent_dim": latent_dim, "likelihood": likelihood}, seed)
+        given = runs.parse_settings(settings or [])
+        for option, value in (("latent_dim", latent_dim), ("likelihood", likelihood)):
+            if value is not None and given.setdefault(option, value) != value:
+                raise ValueError(f"--set and --{option.replace('_', '-')} say different things: {given[option]} and {value}")
+        subject = runs.Subject.family(source[0], model, given, seed)
     code = 0
     try:
         subject.model.fit(
@@ -195,6 +206,65 @@ def score(
     return Result(
         result, lambda console: _facts(console, {"data": data, "log-density": str(scored), "written": result["files"]})
     )
+
+
+@app.command()
+def compare(
+    source: Annotated[
+        list[str], typer.Argument(metavar="DATA | RUN... DATA", help="Data to fit families to; or fitted runs, and test data.")
+    ],
+    models: Annotated[str | None, typer.Option("--models", help="Families to fit: gaussian,kernel_density,flow.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write: models, table, picture.")] = Path("comparison"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison in that folder.")] = False,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data, where there is no closed form.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step, where there is no closed form.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="MODEL.KEY=VALUE", help="A setting of one family. Repeat it.")
+    ] = None,
+    likelihood: Annotated[
+        str | None, typer.Option("--likelihood", help="How values are seen: bernoulli, categorical, gaussian, ...")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Latent draws a datum, where there are latents.")] = 100,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    as_json: Json = False,
+) -> Result:
+    """Fit families to data and rank them on a part held out; or rank fitted runs. Exit code 1: a family could not be fitted."""
+    if (out / runs.COMPARISON).exists() and not overwrite:
+        raise ValueError(f"{out} already holds a comparison; name another folder with --out, or add --overwrite")
+    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": not quiet}
+    failed: dict[str, str] = {}
+    if models is None:
+        _refuse("fitted runs", {"--epochs": epochs, "--batch-size": batch_size, "--set": settings, "--likelihood": likelihood})
+        if len(source) < 3:
+            raise ValueError(
+                "name families, `pgen compare DATA --models gaussian,vae`, or two runs: `pgen compare RUN1 RUN2 DATA`"
+            )
+        found, about = runs.compare_runs(source[:-1], source[-1], options)
+    else:
+        _refuse("--models", {source[-1]: source[1:] or None})
+        names = runs.check_models(models)
+        given = runs.parse_each(settings or [], names)
+        training = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": not quiet}
+        parts = runs.Parts.of(source[0], likelihood, seed, test=True)
+        fitted, about, failed = runs.fit_each(parts, names, given, training, None if quiet else _say)
+        if not fitted:
+            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        found = pgen.compare(fitted, parts.x[2], **options)
+        runs.save_models(out, fitted)
+    result = {"command": "compare", "data": source[-1], **found.to_dict(), "fits": about, "not_fitted": failed}
+    result["files"] = runs.save_comparison(out, found, result)
+
+    def show(console: Console) -> None:
+        console.print(str(found))
+        _facts(console, {f"not fitted: {name}": reason for name, reason in failed.items()})
+        _facts(console, {"folder": f"{out}: {', '.join(result['files'])}"})
+
+    return Result(result, show, int(bool(failed)))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @app.command()

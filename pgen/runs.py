@@ -14,12 +14,13 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,30 +29,45 @@ from torch import Tensor
 import pgen
 from pgen.contracts import Batch, Run, check_choice, nearest
 from pgen.data import Loaded
+from pgen.distributions.observation import LEVELS
+from pgen.evaluation.compare import Comparison
 from pgen.training.checkpoint import Checkpoint
 
 __all__ = [
     "CHECKPOINT",
+    "COMPARISON",
     "MODEL",
     "PICTURES",
     "RECORD",
     "REPORT",
+    "Parts",
     "Program",
     "Subject",
     "batch",
+    "check_models",
+    "check_settings",
+    "compare_runs",
     "discard_checkpoint",
+    "fit_each",
     "has_checkpoint",
     "open_run",
+    "parse_each",
+    "parse_settings",
     "plain",
     "read_record",
+    "save_comparison",
+    "save_models",
     "save_run",
 ]
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
+COMPARISON = "comparison.json"
 PICTURES = ("bound.png", "samples.png", "reconstructions.png", "latent.png")
 SCHEMA = 1
 VALIDATION_SHARE = 0.1
 """Of data without a split of their own, drawn by the seed: held out while a family is fitted."""
+TEST_SHARE = 0.2
+"""Of such data, held out for a comparison."""
 SPLITS = {"digits": pgen.data.digits}
 """Bundled sets that are split: bare names are fitted on ``:train`` and ``:validation`` and judged on ``:test``."""
 _PARTS = ("train", "validation", "test")
@@ -164,32 +180,33 @@ class Subject:
         Args:
             source: A file or the name of a bundled set.
             name: Of the family.
-            settings: ``latent_dim`` and ``likelihood``; None where the data and the family decide.
+            settings: Of its constructor; None, or left out, where the data and the family decide (``GenerativeModel.suggest``).
             seed: Keys the initial parameters and what is held out.
         """
         families = pgen.models.REGISTRY
         if name is None:
             raise ValueError(f"--model is missing: name a family{nearest('', families)}")
         check_choice("--model", name, tuple(families))
-        train, validation = _held_out(source, seed)
-        accepted = inspect.signature(families[name]).parameters
-        for option, value in settings.items():
-            if value is not None and option not in accepted:
-                raise ValueError(f"--{option.replace('_', '-')} is no setting of {name}; leave it out")
-        settings = {option: value for option, value in settings.items() if value is not None}
-        prepared: dict[str, Any] = {}
-        if "likelihood" in accepted:
-            settings["likelihood"], prepared = _observation(train.data, settings.get("likelihood"))
-        x, held = _prepare(train.data, prepared), _prepare(validation.data, prepared)
-        if settings.get("likelihood") == "categorical":
-            settings["num_classes"] = prepared.get("levels") or int(x.max()) + 1
-        if x.dim() == 2 and x.is_floating_point() and settings.get("likelihood") != "bernoulli" and "preprocess" in accepted:
-            settings["preprocess"] = pgen.data.Standardize()
-            prepared["standardised"] = True
-        make: Any = families[name]
-        model = make(tuple(x.shape[1:]), **settings, seed=seed)
-        data = {**_about(source, train), "validation": len(held), "prepared": prepared, "given": "whole"}
-        return cls(model, x, held, train.labels, {"model": {"family": name, "settings": model.settings()}, "data": data})
+        settings = check_settings(name, settings)
+        parts = Parts.of(source, settings.get("likelihood"), seed, test=False, density=families[name].has_density)
+        return cls.of_parts(parts, name, settings, seed)
+
+    @classmethod
+    def of_parts(cls, parts: Parts, name: str, settings: dict[str, Any], seed: int) -> Subject:
+        """A family for data that are held out already."""
+        family, prepared = pgen.models.REGISTRY[name], dict(parts.prepared)
+        if parts.likelihood:
+            settings = {"likelihood": parts.likelihood, **settings}
+        found = {**family.suggest(torch.cat(parts.x), settings), **settings}
+        if "levels" in prepared and "num_classes" in found:
+            found["num_classes"] = settings.get("num_classes", prepared["levels"])
+        accepted, make = inspect.signature(family).parameters, cast(Any, family)
+        given = {option: value for option, value in found.items() if option in accepted}
+        model = make(tuple(parts.x[0].shape[1:]), **given, seed=seed)
+        prepared |= _preprocessed(model.preprocess)
+        data = {**_about(parts.source, parts.loaded), "validation": len(parts.x[1]), "prepared": prepared, "given": "whole"}
+        about = {"model": {"family": name, "settings": model.settings()}, "data": data}
+        return cls(model, parts.x[0], parts.x[1], parts.loaded.labels, about)
 
     @classmethod
     def program(cls, specs: Sequence[str], source: str, rung: str | None) -> Subject:
@@ -205,6 +222,101 @@ class Subject:
         return cls(own.pair(rung), _arguments(loaded, given), None, loaded.labels, about)
 
 
+@dataclass
+class Parts:
+    """Data for a family: what is fitted, what is held out, and how values are seen.
+
+    Attributes:
+        source: Where they come from.
+        loaded: The part that is fitted, as it was read.
+        x: The parts, prepared: to fit, to validate on, and to test on where that was asked for.
+        likelihood: Bernoulli, categorical, Gaussian or another; empty for a family without a density.
+        prepared: What was done to the data for its sake.
+    """
+
+    source: str
+    loaded: Loaded
+    x: list[Tensor]
+    likelihood: str
+    prepared: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: str, likelihood: str | None, seed: int, *, test: bool, density: bool = True) -> Parts:
+        """The parts of ``source``: its own split where it has one, else drawn by the seed."""
+        loaded = _held_out(source, seed, test=test)
+        given = [cast(Tensor, part.data) for part in loaded]
+        seen, prepared = _observation(torch.cat(given), likelihood) if density else ("", {})
+        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], seen, prepared)
+
+
+def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the family ``name``, those that are None left out.
+
+    Raises:
+        ValueError: If the family has no such setting, or a value is not of its kind, in one line.
+    """
+    family = pgen.models.REGISTRY[name]
+    accepted = inspect.signature(family).parameters
+    known = [key for key in accepted if key not in ("event_shape", "preprocess", "seed")]
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key, value in given.items():
+        if key == "likelihood" and family.has_density:  # it says how values are seen, whether the family asks or not
+            continue
+        if key not in known:
+            raise ValueError(f"--{key.replace('_', '-')} is no setting of {name}; leave it out{nearest(key, known)}")
+        _check_kind(name, key, value, str(accepted[key].annotation))
+    return given
+
+
+_PLAIN_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,),
+    "None": (type(None),),
+}  # fmt: skip
+
+
+def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
+    """Compare a value with the plain types in an annotation; arguments that no plain value can be are refused."""
+    words = re.findall(r"[A-Za-z_]+", re.sub(r"\[[^\]]*\]", "", annotation))
+    kinds = [_PLAIN_KINDS[word] for word in words if word in _PLAIN_KINDS]
+    if not [word for word in words if word in _PLAIN_KINDS and word != "None"]:
+        raise ValueError(f"the setting {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
+    wrong = isinstance(value, bool) and "bool" not in words
+    if wrong or not any(isinstance(value, kind) for kind in kinds):
+        raise ValueError(f"the setting {key!r} of {name} should be {annotation}, got {value!r}")
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["rank=2", "hidden=[64, 64]"]`` as a dict: values are JSON, or else text.
+
+    Example:
+        >>> parse_settings(["rank=2", "covariance=low_rank", "hidden=[8, 8]"])
+        {'rank': 2, 'covariance': 'low_rank', 'hidden': [8, 8]}
+    """
+    found: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, such as --set rank=2, got {text!r}")
+        if key in found:
+            raise ValueError(f"--set gives {key!r} twice")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _preprocessed(transform: Any) -> dict[str, Any]:
+    """What the model itself does to the data, for the record."""
+    if transform is None:
+        return {}
+    settings = transform.settings()
+    parts = settings.get("parts", [settings])
+    found: dict[str, Any] = {"standardised": True} if any(p["transform"] == "standardize" for p in parts) else {}
+    levels = [p["levels"] for p in parts if p["transform"] == "dequantize"]
+    return found | ({"dequantised": levels[0]} if levels else {})
+
+
 def _load(source: str, part: str | None = None) -> Loaded:
     """``pgen.data.load``, and the parts of the bundled sets that are split: ``digits:test``."""
     name, _, named = source.partition(":")
@@ -216,20 +328,21 @@ def _load(source: str, part: str | None = None) -> Loaded:
     return Loaded(getattr(split, part), None, getattr(split.labels, part, None), f"{name}:{part}")
 
 
-def _held_out(source: str, seed: int) -> tuple[Loaded, Loaded]:
-    """Data to fit and data to validate on: the split of the source itself, or a tenth drawn by the seed."""
+def _held_out(source: str, seed: int, *, test: bool) -> list[Loaded]:
+    """Data to fit, to validate on, and to test on if asked for: the split of the source itself, or shares drawn by the seed."""
     if source in SPLITS and not Path(source).exists():
-        return _load(source, "train"), _load(source, "validation")
+        return [_load(source, part) for part in (_PARTS if test else _PARTS[:2])]
     loaded = _load(source)
     x = loaded.data
     if not isinstance(x, Tensor):
         raise ValueError(f"{source} holds several arrays; a family is fitted to one: save it as .npy")
     held = round(VALIDATION_SHARE * len(x))
+    tested = held + round(TEST_SHARE * len(x)) if test else held
     if not held:
         raise ValueError(f"{source} has {len(x)} rows; a family needs at least 5, some of which are held out")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    parts = [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in (order[held:], order[:held])]
-    return parts[0], parts[1]
+    parts = [order[tested:], order[:held], order[held:tested]][: 3 if test else 2]
+    return [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in parts]
 
 
 def _at(labels: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -252,14 +365,14 @@ def _observation(x: Any, likelihood: str | None) -> tuple[str, dict[str, Any]]:
         if low < 0 or x.dim() <= 2:
             raise ValueError(f"--likelihood bernoulli needs zeros and ones, the data lie in [{low:g}, {high:g}]; try gaussian")
         return likelihood, {"binarised_at": 0.5 if high <= 1 else high / 2}
-    if likelihood == "categorical" and not counts:
+    if likelihood in LEVELS and not counts:
         levels = [
             n for n in _LEVELS if low >= 0 and high <= 1 and torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)
         ]
         if not levels:
-            raise ValueError("--likelihood categorical needs counts 0, 1, ..., 255 (or grey levels in [0, 1]); try gaussian")
+            raise ValueError(f"--likelihood {likelihood} needs counts 0, 1, ..., 255 (or grey levels in [0, 1]); try gaussian")
         return likelihood, {"levels": levels[0]}
-    return likelihood, {"counts": True} if likelihood == "categorical" else {}
+    return likelihood, {"counts": True} if likelihood in LEVELS else {}
 
 
 def _prepare(x: Any, prepared: dict[str, Any]) -> Any:
@@ -344,7 +457,7 @@ def _draw(out: Path, subject: Subject, fitted: Run) -> tuple[list[str], dict[str
 def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
     plots, model = pgen.plots, subject.model
     pictures: dict[str, Callable[[], Any]] = {}
-    if len(fitted.history.get("loss", ())):
+    if fitted.steps and len(fitted.history.get("loss", ())):
         pictures["bound.png"] = lambda: plots.plot_bound(fitted)
     if "family" not in subject.about["model"]:
         return pictures
@@ -358,6 +471,113 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
             model.encode(train[:2000]), _at(subject.labels, torch.arange(len(train))[:2000])
         ),
     }
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------------
+
+
+def check_models(text: str) -> list[str]:
+    """``"gaussian,vae"`` as a list of families that have a density."""
+    families = pgen.models.REGISTRY
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"--models takes families separated by commas, each once, such as gaussian,vae; got {text!r}")
+    for name in names:
+        check_choice("--models", name, tuple(families))
+        if not families[name].has_density:
+            raise ValueError(f"--models: {name} has no density, so there is nothing to compare; leave it out")
+    return names
+
+
+def parse_each(assignments: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["vae.latent_dim=2"]`` as settings by family, checked."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for text in assignments:
+        name, dot, assignment = text.partition(".")
+        if not dot or name not in found:
+            raise ValueError(f"--set takes MODEL.KEY=VALUE with a model of --models ({', '.join(names)}), got {text!r}")
+        found[name].append(assignment)
+    return {name: check_settings(name, parse_settings(parts)) for name, parts in found.items()}
+
+
+def fit_each(
+    parts: Parts,
+    names: Sequence[str],
+    settings: dict[str, dict[str, Any]],
+    training: dict[str, Any],
+    say: Callable[[str], None] | None,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Fit families to the same data.
+
+    Args:
+        parts: The data.
+        names: Of families.
+        settings: Of each family.
+        training: Arguments of ``fit``; epochs and batch size go to families without a closed form.
+        say: Told a line about each fit.
+
+    Returns:
+        Fitted models, what there is to say about each fit, and why others could not be fitted, each by name.
+    """
+    fitted, about, failed = {}, {}, {}
+    for name in names:
+        try:
+            model = Subject.of_parts(parts, name, settings[name], training["seed"]).model
+            options = {k: v for k, v in training.items() if k in ("seed", "progress")} if model.solvable else training
+            run = model.fit(parts.x[0], validation=parts.x[1], **options)
+        except (ValueError, FloatingPointError) as error:
+            failed[name] = str(error)
+            if say:
+                say(f"{name}: not fitted: {error}")
+            continue
+        size = sum(p.numel() for p in model.parameters())
+        fitted[name], about[name] = model, {"settings": model.settings(), "parameters": size, **summary(run)}
+        if say:
+            how = f"{run.steps} steps in {run.seconds:.1f} s" if run.steps else run.stopped
+            say(f"{name}: validation bound {run.bound:.3f} nats a datum, {how}")
+    return fitted, about, failed
+
+
+def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -> tuple[Comparison, dict[str, Any]]:
+    """Compare fitted runs of families on data, which each sees prepared as it was for its fit."""
+    if len(set(folders)) != len(folders):
+        raise ValueError(f"a run is named twice: {' '.join(folders)}")
+    scores, about = {}, {}
+    seen: list[Tensor] = []
+    for folder in folders:
+        model, record = open_run(Path(folder), None)
+        data = batch(source, record)
+        if seen and (data.shape != seen[0].shape or not bool((data == seen[0]).all())):
+            raise ValueError(
+                f"{folders[0]} and {folder} see {source} differently prepared; fit both with the same --likelihood"
+            )
+        seen.append(data)
+        scores[folder] = model.log_prob(data, **options)
+        about[folder] = {"settings": record["model"].get("settings"), **record["run"]}
+    return pgen.compare(scores), about
+
+
+def save_models(out: Path, fitted: dict[str, Any]) -> None:
+    """Write each model of a comparison to a file of its name."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, model in fitted.items():
+        model.save(out / f"{name}.pgen")
+
+
+def save_comparison(out: Path, found: Comparison, result: dict[str, Any]) -> list[str]:
+    """Write the table as Markdown and JSON, and the picture; returns the names of all files of the comparison."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem = Path(COMPARISON).stem
+    found.to_markdown(out / f"{stem}.md")
+    pgen.plots.save(pgen.plots.comparison(found), out / f"{stem}.png")
+    models = [f"{name}.pgen" for name in found.names if (out / f"{name}.pgen").is_file()]
+    files = [COMPARISON, f"{stem}.md", f"{stem}.png", *models]
+    text = json.dumps(plain({**result, "files": files}), indent=1, allow_nan=False)
+    (out / COMPARISON).write_text(text + "\n", encoding="utf-8")
+    return files
+
+
+# --- the folder, read ------------------------------------------------------------------------------------------------------
 
 
 def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:

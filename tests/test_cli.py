@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -211,6 +212,71 @@ def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):
     assert (folder / runs.MODEL).read_bytes() == before
 
 
+# --- side by side ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table whose first two columns are strongly correlated."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(300, 1))
+    x = np.hstack([z + 0.1 * rng.normal(size=z.shape), 50 * z, rng.normal(size=z.shape)])
+    np.savetxt("t.csv", x, delimiter=",", header="a,b,c", comments="")
+    return tmp_path
+
+
+def test_compare_fits_ranks_and_writes(table, capsys):
+    got = answer(
+        capsys, "compare", "t.csv", "--models", "gaussian,vae", "--epochs", 2, "--set", "vae.latent_dim=2", "--set",
+        "vae.hidden=[6]", "--out", "out",
+    )  # fmt: skip
+    assert [row["model"] for row in got["models"]] == ["gaussian", "vae"]
+    assert [row["kind"] for row in got["models"]] == ["exact", "lower_bound"] and got["num_data"] == 60
+    assert got["fits"]["gaussian"]["steps"] == 0 and got["fits"]["vae"]["epochs"] == pytest.approx(2, abs=0.5)
+    assert got["fits"]["vae"]["settings"]["hidden"] == [6] and not got["not_fitted"]
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(got["files"])
+    assert json.loads(Path("out/comparison.json").read_text()) == got
+    assert "| 1 | gaussian |" in Path("out/comparison.md").read_text()
+    gaussian = pgen.load("out/gaussian.pgen")
+    parts = runs.Parts.of("t.csv", None, 0, test=True)
+    assert [len(x) for x in parts.x] == [210, 30, 60]
+    assert gaussian.log_prob(parts.x[2]).mean == pytest.approx(got["models"][0]["mean"])
+    assert cli.run(["compare", "t.csv", "--models", "gaussian", "--out", "out"]) == 2
+    assert "already holds a comparison" in capsys.readouterr().err
+    assert cli.run(["compare", "t.csv", "--models", "gaussian", "--out", "out", "--overwrite", "-q"]) == 0
+    assert "rank  model" in capsys.readouterr().out
+
+
+def test_a_family_that_cannot_be_fitted_is_told_and_the_others_are_compared(table, capsys):
+    x = np.loadtxt("t.csv", delimiter=",", skiprows=1)
+    np.savetxt("s.csv", np.hstack([x, x[:, :1]]), delimiter=",")  # a column twice
+    got = answer(capsys, "compare", "s.csv", "--models", "gaussian,vae", "--epochs", 1, code=1)
+    assert [row["model"] for row in got["models"]] == ["vae"]
+    assert "the covariance of `data` is singular" in got["not_fitted"]["gaussian"]
+    assert cli.run(["compare", "s.csv", "--models", "gaussian", "--out", "other"]) == 2
+    assert "error: gaussian: the covariance" in capsys.readouterr().err
+
+
+def test_fitted_runs_are_compared_on_data_that_both_see_alike(table, capsys):
+    for name, covariance in (("full", "full"), ("flat", "diagonal")):
+        fitted = answer(capsys, "fit", "t.csv", "--model", "gaussian", "--set", f"covariance={covariance}", "--out", name)
+        assert fitted["run"]["steps"] == 0 and fitted["model"]["settings"]["covariance"] == covariance
+    got = answer(capsys, "compare", "flat", "full", "t.csv")
+    assert [row["model"] for row in got["models"]] == got["best"] + ["flat"] == ["full", "flat"]
+    # What independence throws away: minus half the log of 1 - rho^2, with rho^2 = 1 / 1.01.
+    assert got["pairs"][0]["difference"] == pytest.approx(-0.5 * math.log(1 - 1 / 1.01), abs=0.15)
+
+
+def test_pixels_are_seen_alike_by_densities_and_masses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    got = answer(capsys, "compare", "digits", "--models", "vae,gaussian", "--epochs", 1, "--set", "vae.hidden=[8]")
+    assert {(row["kind"], row["measure"]) for row in got["models"]} == {("lower_bound", "mass")}
+    grey = answer(capsys, "fit", "digits", "--model", "gaussian", "--likelihood", "categorical", "--set", "covariance=diagonal")
+    assert grey["data"]["prepared"] == {"levels": 17, "standardised": True, "dequantised": 17}
+    answer(capsys, "score", "run", "digits")
+
+
 # --- a program of one's own ------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +330,7 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "digits"], "--model is missing: name a family (known: autoencoder"),
+        (["fit", "digits"], "--model is missing: name a family (known: autoencoder, "),
         (["fit", "digits", "--model", "vea"], "did you mean 'vae'?"),
         (["fit", "digit", "--model", "vae"], "did you mean 'digits'?"),
         (["fit", "absent.csv", "--model", "vae"], "there is no file or data set 'absent.csv'"),
@@ -281,6 +347,21 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "none.py:model", "--data", "y.csv"], "none.py is not a file"),
         (["fit", "mean.py:model", "other.py:guide", "--data", "y.csv"], "both from one file"),
         (["fit", "mean.py:model", "mean.py:guide", "--guide", "flow", "--data", "y.csv"], "not both"),
+        (["fit", "digits", "--model", "vae", "--set", "latent=3"], "--latent is no setting of vae; leave it out; did you mean"),
+        (["fit", "digits", "--model", "vae", "--set", "latent_dim"], "--set takes key=value, such as --set rank=2"),
+        (["fit", "digits", "--model", "vae", "--set", "latent_dim=two"], "'latent_dim' of vae should be int, got 'two'"),
+        (["fit", "digits", "--model", "vae", "--set", "latent_dim=true"], "'latent_dim' of vae should be int, got True"),
+        (["fit", "digits", "--model", "vae", "--set", "latent_dim=2", "--latent-dim", "3"], "say different things: 2 and 3"),
+        (["fit", "digits", "--model", "gaussian", "--set", "covariance=round"], "`covariance` is 'round', which is unknown"),
+        (["fit", "mean.py:model", "--data", "y.csv", "--set", "rank=2"], "--set does not go with a program of your own"),
+        (["compare", "digits", "--models", "gaussian,nothing"], "`--models` is 'nothing', which is unknown"),
+        (["compare", "digits", "--models", "vae,vae"], "each once"),
+        (["compare", "digits", "--models", "autoencoder"], "autoencoder has no density"),
+        (["compare", "digits"], "name families, `pgen compare DATA --models"),
+        (["compare", "a", "b", "--models", "vae"], "b does not go with --models"),
+        (["compare", "digits", "--models", "vae", "--set", "latent_dim=2"], "--set takes MODEL.KEY=VALUE"),
+        (["compare", "a", "b", "digits", "--epochs", "3"], "--epochs does not go with fitted runs"),
+        (["compare", "a", "a", "digits"], "a run is named twice"),
         (["score", "absent", "digits"], "absent has no run.json"),
         (["nonsense"], "No such command 'nonsense'"),
     ],

@@ -66,6 +66,7 @@ class Autoencoder(GenerativeModel):
     """
 
     family = "autoencoder"
+    has_density = False
 
     def __init__(
         self,
