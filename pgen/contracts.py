@@ -173,8 +173,12 @@ class Score:
 
     def __str__(self) -> str:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
+        what = f"({KIND_WORDS[self.kind]}{samples})"
+        if len(self) == 1:
+            error = "" if self.mc_error is None else f" ± {float(self.mc_error):.2f}"
+            return f"{self.mean:.2f}{error} nats {what}, {self.bits_per_dim:.3f} bits/dim"
         return (
-            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum ({KIND_WORDS[self.kind]}{samples}), "
+            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum {what}, "
             f"{self.bits_per_dim:.3f} bits/dim, {len(self)} data"
         )
 

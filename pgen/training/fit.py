@@ -872,6 +872,9 @@ class _Trainer:
         if wanted == "graph":
             loop.reason = "as asked"
         if wanted == "compiled" and loop.tier == "graph":
+            if not self.compiled_before:
+                self.bar.quiet = 0.0
+                self.bar.at(self.done, "compiling the step, which takes some seconds the first time")
             self._start_compilation(wait=True)
 
     def _improve(self) -> None:
