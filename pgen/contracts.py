@@ -177,10 +177,7 @@ class Score:
         if len(self) == 1:
             error = "" if self.mc_error is None else f" ± {float(self.mc_error):.2f}"
             return f"{self.mean:.2f}{error} nats {what}, {self.bits_per_dim:.3f} bits/dim"
-        return (
-            f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum {what}, "
-            f"{self.bits_per_dim:.3f} bits/dim, {len(self)} data"
-        )
+        return f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum {what}, {self.bits_per_dim:.3f} bits/dim, {len(self)} data"
 
 
 _SIDE = {"exact": 0, "lower_bound": -1, "upper_bound": 1}
