@@ -623,6 +623,10 @@ class GenerativeModel(_Questions, PyroModule):
     def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
         """The inference program; a family without latents leaves it empty."""
 
+    def marginal(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
+        """p(x | c) with the latents integrated out, for a family where that has a closed form: ``log_prob`` is then exact."""
+        raise NotImplementedError
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
         raise NotImplementedError
@@ -717,6 +721,7 @@ class GenerativeModel(_Questions, PyroModule):
         """
         if is_source(data) and context is not None:
             raise ValueError("`context` goes with arrays; a data source gives it in its rows: {'x': ..., 'context': ...}")
+        self.to(dtype=_training(training, options).dtype)  # before data are read in it
         batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
         batch = self._placed(batch)
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
@@ -822,9 +827,20 @@ class GenerativeModel(_Questions, PyroModule):
         for name, value in found.items():
             if len(value) != len(x):
                 raise ValueError(f"`{name}` has {len(value)} entries for {len(x)} data; give one a datum")
-        if "observed" in self.also and "observed" not in found:
-            found["observed"] = ~torch.isnan(x)
+        if "observed" in self.also:
+            found["observed"] = self._entries(x, found.get("observed"))
         return found
+
+    def _entries(self, x: Tensor, given: Tensor | None) -> Tensor:
+        """Which entries of x are observed, ``(N, *event_shape)``: those that are not NaN, and not False in ``given``."""
+        if given is not None:
+            check_event_shape("observed", given, self.event_shape)
+        observed = ~torch.isnan(x) if given is None else given.bool() & ~torch.isnan(x)
+        if self.preprocess is not None and not bool(observed.all()):
+            raise ValueError(
+                "x has missing entries (NaN), which `preprocess` would count as data; prepare x yourself, NaN kept"
+            )
+        return observed
 
     def _context(self, context: Any, length: int) -> Tensor:
         if context is None:
@@ -950,13 +966,15 @@ class GenerativeModel(_Questions, PyroModule):
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(asked["seed"], "log_prob"), device):
             prepared, change = self._prepared(batch)
             log_det = 0.0 if change is None else change.double()
-            latents = run_program(self.guide, take(prepared, slice(0, 1)))
+            closed = type(self).marginal is not GenerativeModel.marginal
+            model, guide = (self.marginal, _Empty()) if closed and settings is None else self.programs()
+            latents = run_program(guide, take(prepared, slice(0, 1)))
             if settings is not None:
                 found = anneal(*self.programs(), prepared, settings, **asked)
                 size, chains = math.prod(self.event_shape), settings.num_chains
                 return Score(found.value + log_det, "lower_bound", size, found.error, chains, measure)
             draws = int(num_samples) if latents else 1
-            value, error = importance_bound(self.model, self.guide, prepared, draws, batch_size=batch_size, **asked)
+            value, error = importance_bound(model, guide, prepared, draws, batch_size=batch_size, **asked)
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         size = math.prod(self.event_shape)
         if not latents:

@@ -153,6 +153,11 @@ def exact(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | N
     return Case(make, x, context, **{"kind": "exact", "latents": False, "lacks": _NO_LATENTS, **fields})
 
 
+def latent(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None, **fields: Any) -> Case:
+    """A family whose latents are integrated out in closed form: ``log_prob`` is exact, and there is a posterior."""
+    return Case(make, x, context, **{"kind": "exact", "latents": True, **fields})
+
+
 def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
     """Makes a tiny VAE."""
     return lambda seed: VAE(EVENT, LATENT, (6,), likelihood=likelihood, seed=seed, **options)
@@ -201,6 +206,11 @@ CASES: dict[str, Case] = {
         lambda seed: models.MADE(EVENT, (15,), features=["bernoulli", ("categorical", 2)] * 3, num_orders=2, seed=seed),
         _BITS,
         values=2,
+    ),
+    "ppca": latent(lambda seed: models.ProbabilisticPCA(EVENT, 2, preprocess=Standardize(), seed=seed), _REALS),
+    "factor_analysis": latent(lambda seed: models.FactorAnalysis(EVENT, 2, seed=seed), _REALS),
+    "factor_analysis_context": latent(
+        lambda seed: models.FactorAnalysis(EVENT, 2, context_dim=CONTEXT, seed=seed), _REALS, _CONTEXT
     ),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }

@@ -2,6 +2,7 @@
 
 from .autoregressive import Autoregressive, CausalNetwork, stepping
 from .discretized import DiscretizedLogisticMixture
+from .linear_gaussian import LinearGaussian, regress
 from .observation import OBSERVATIONS, Bernoulli, Categorical, DiscretizedLogistic, Gaussian, GaussianMixture, Observation
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "DiscretizedLogisticMixture",
     "Gaussian",
     "GaussianMixture",
+    "LinearGaussian",
     "Observation",
+    "regress",
     "stepping",
 ]

@@ -3,6 +3,7 @@
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .gaussian import Gaussian
+from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
 from .vae import VAE
 
@@ -11,5 +12,7 @@ __all__ = [
     "REGISTRY",
     "VAE",
     "Autoencoder",
+    "FactorAnalysis",
     "Gaussian",
+    "ProbabilisticPCA",
 ]
