@@ -916,6 +916,10 @@ class GenerativeModel(_Questions, PyroModule):
                 x = by_rows(lambda b: generated(b, batch_length(b)), {"context": where}, SAMPLE_ROWS, name="sample", **options)
         return x if self.preprocess is None else self.preprocess.inverse(x)
 
+    def _event_size(self, batch: dict[str, Tensor]) -> float:
+        """How many numbers one datum has, on average."""
+        return math.prod(self.event_shape)
+
     def _stepping(self, compile: str, progress: bool) -> AbstractContextManager[None]:
         """Inside, the steps of autoregressive sites run in the tier asked for."""
         check_choice("compile", compile, TIERS)
@@ -961,6 +965,7 @@ class GenerativeModel(_Questions, PyroModule):
         batch = self._batch("x", x, context)
         self._check_support(batch)
         measure = self._measure(batch)
+        size = self._event_size(batch)
         asked = self._asked(seed, compile, progress)
         device = next(self.parameters()).device
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(asked["seed"], "log_prob"), device):
@@ -971,12 +976,11 @@ class GenerativeModel(_Questions, PyroModule):
             latents = run_program(guide, take(prepared, slice(0, 1)))
             if settings is not None:
                 found = anneal(*self.programs(), prepared, settings, **asked)
-                size, chains = math.prod(self.event_shape), settings.num_chains
+                chains = settings.num_chains
                 return Score(found.value + log_det, "lower_bound", size, found.error, chains, measure)
             draws = int(num_samples) if latents else 1
             value, error = importance_bound(model, guide, prepared, draws, batch_size=batch_size, **asked)
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
-        size = math.prod(self.event_shape)
         if not latents:
             return Score(value + log_det, "lower_bound" if bounded else "exact", size, measure=measure)
         return Score(value + log_det, "lower_bound", size, error, num_samples, measure)
@@ -1092,9 +1096,17 @@ class GenerativeModel(_Questions, PyroModule):
 
         return self._rows(encoded, "encode", self._batch("x", x, context), seed, progress)
 
-    def _rows(self, fn: Callable[[Batch], Tensor], name: str, batch: dict[str, Tensor], seed: Seed, progress: bool) -> Tensor:
+    def _rows(
+        self,
+        fn: Callable[[Batch], Tensor],
+        name: str,
+        batch: dict[str, Tensor],
+        seed: Seed,
+        progress: bool,
+        compile: str = "auto",
+    ) -> Tensor:
         """``fn`` of preprocessed rows, some at a time."""
-        options = self._asked(seed, "auto", progress)
+        options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
             with keyed_rng(key(options["seed"], "encode"), _device(batch)):
                 prepared = self.prepare(batch)

@@ -90,7 +90,7 @@ class Score:
         value: The log-density of each datum, in nats.
         kind: What each number is: ``exact``, ``lower_bound`` (in expectation), ``upper_bound``, ``estimate`` or
             ``unnormalised``.
-        event_size: Number of scalar dimensions of one datum, for ``bits_per_dim``.
+        event_size: Number of scalar dimensions of one datum, for ``bits_per_dim``; the mean of data of unequal size.
         mc_error: Monte Carlo standard error of each number, in nats; None where no sampling is involved.
         num_samples: Samples a datum behind the numbers, if any.
         measure: ``density``, ``mass`` or ``ratio``; empty where it is not known. Only like is compared with like.
@@ -110,7 +110,7 @@ class Score:
 
     value: Tensor
     kind: Kind
-    event_size: int = 1
+    event_size: float = 1
     mc_error: Tensor | None = None
     num_samples: int | None = None
     measure: Measure = ""

@@ -212,6 +212,25 @@ CASES: dict[str, Case] = {
     "factor_analysis_context": latent(
         lambda seed: models.FactorAnalysis(EVENT, 2, context_dim=CONTEXT, seed=seed), _REALS, _CONTEXT
     ),
+    "wavenet_bernoulli": exact(lambda seed: models.WaveNet(EVENT, "bernoulli", channels=4, seed=seed), _BITS, values=2),
+    "wavenet_context": exact(
+        lambda seed: models.WaveNet(EVENT, num_classes=3, channels=4, kernel_size=3, context_dim=CONTEXT, seed=seed),
+        _CLASSES % 3,
+        _CONTEXT,
+        values=3,
+    ),
+    "wavenet_gaussian": exact(lambda seed: models.WaveNet(EVENT, "gaussian", channels=4, seed=seed), _REALS),
+    "causal_transformer": exact(
+        lambda seed: models.CausalTransformer((6,), num_classes=3, width=8, layers=2, heads=2, seed=seed),
+        (_CLASSES % 3).flatten(1),
+        values=3,
+    ),
+    "causal_transformer_context": exact(
+        lambda seed: models.CausalTransformer(EVENT, "bernoulli", width=8, layers=1, heads=2, context_dim=CONTEXT, seed=seed),
+        _BITS,
+        _CONTEXT,
+        values=2,
+    ),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -3,6 +3,7 @@
 from . import toy
 from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
 from .batches import Batches, chunks, epoch_order, key, permute, step_keys
+from .sequences import mu_law, mu_law_inverse, pad, windows
 from .sources import Loaded, Split, digits, idx_folder, load
 from .stored import MemoryMapped, Parquet
 from .transforms import Compose, Dequantize, Logit, Standardize, Transform, from_settings
@@ -29,10 +30,14 @@ __all__ = [
     "key",
     "load",
     "map_tensors",
+    "mu_law",
+    "mu_law_inverse",
     "num_rows",
+    "pad",
     "permute",
     "rows",
     "step_keys",
     "to_device",
     "toy",
+    "windows",
 ]

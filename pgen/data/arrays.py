@@ -157,14 +157,23 @@ def _to_numpy(name: str, data: Any) -> np.ndarray:
         array = data.to_numpy()
         return array if array.dtype != object else _unbox(name, data, array)
     if isinstance(data, list) and data and isinstance(data[0], Tensor):
+        if len({part.shape for part in data}) > 1:
+            raise _ragged(name)
         raise TypeError(f"`{name}` is a list of tensors; stack them (torch.stack), or give a tuple of arguments")
     try:
         array = np.asarray(data)
     except (ValueError, TypeError):
-        raise ValueError(f"`{name}` is ragged: its rows differ in length, so it is no array") from None
+        raise _ragged(name) from None
     if array.dtype == object or array.dtype.kind in "USOMmV":
         raise TypeError(f"`{name}` should hold numbers, got {_kind(data, array)}{_hint(data)}")
     return array
+
+
+def _ragged(name: str) -> ValueError:
+    return ValueError(
+        f"`{name}` is ragged: its rows differ in length, so it is no array; pad them and give the lengths, "
+        f"data=pgen.data.pad(sequences), to a family of sequences"
+    )
 
 
 def _unbox(name: str, data: Any, array: np.ndarray) -> np.ndarray:

@@ -2,17 +2,21 @@
 
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
+from .causal_transformer import CausalTransformer
 from .gaussian import Gaussian
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
 from .vae import VAE
+from .wavenet import WaveNet
 
 __all__ = [
     "MADE",
     "REGISTRY",
     "VAE",
     "Autoencoder",
+    "CausalTransformer",
     "FactorAnalysis",
     "Gaussian",
     "ProbabilisticPCA",
+    "WaveNet",
 ]
