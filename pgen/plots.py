@@ -20,8 +20,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pgen.evaluation.compare import Comparison
+    from pgen.evaluation.ood import OODReport
 
-__all__ = ["comparison", "latent_space", "plot_bound", "plot_khat", "reconstructions", "sample_grid", "save"]
+__all__ = [
+    "comparison",
+    "latent_space",
+    "out_of_distribution",
+    "plot_bound",
+    "plot_khat",
+    "reconstructions",
+    "sample_grid",
+    "save",
+]
 
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
 GUTTER = 0.62  # between images: neither ink nor paper
@@ -238,6 +248,31 @@ def comparison(found: Comparison) -> Figure:
     ax.set_yticks(range(len(labels)), labels, color=INK, fontsize=9)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     _label(ax, f"difference to {first} [nats a datum]", "", f"{len(found.scores[first])} held-out data: higher is better")
+    return figure
+
+
+def out_of_distribution(found: OODReport, bins: int = 40) -> Figure:
+    r"""Histograms of each score for data of the known kind and of another, with the AUROC.
+
+    The dashed line is where p-values reach the report's level: what lies to its right is called strange.
+
+    Args:
+        found: What ``pgen.evaluation.ood.report`` returned.
+        bins: Of each histogram.
+    """
+    check_positive("bins", bins)
+    figure, axes = _figure(1.0 + 3.1 * len(found.rows), 3.4, panels=len(found.rows))
+    for ax, (method, row) in zip(axes, found.rows.items()):
+        parts = [_plain(part[method]) for part in (found.inside, found.outside)]
+        pooled = np.concatenate(parts)
+        low, high = np.quantile(pooled[np.isfinite(pooled)], [0.002, 0.998])
+        edges = np.linspace(low, max(high, low + 1e-9), bins + 1)
+        for values, colour, label in zip(parts, (BLUE, ORANGE), ("in", "out")):
+            heights = np.histogram(np.clip(values, low, high), edges)[0] / len(values)
+            ax.stairs(heights, edges, fill=True, color=colour, alpha=0.45, label=label)
+        ax.axvline(np.quantile(_plain(found.null[method]), 1 - found.level), color=INK, linewidth=0.9, linestyle="--")
+        _label(ax, f"{method} [nats]", "share of the data", f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}")
+    _legend(axes[0])
     return figure
 
 

@@ -1,8 +1,8 @@
 """Evaluation: likelihoods and their bounds, posterior and predictive draws, in bounded memory, with keyed noise."""
 
-from . import divergences
+from . import divergences, ood
 from .annealing import AIS, Sandwich, anneal
 from .compare import Comparison, Difference
 from .likelihood import importance_bound
 
-__all__ = ["AIS", "Comparison", "Difference", "Sandwich", "anneal", "divergences", "importance_bound"]
+__all__ = ["AIS", "Comparison", "Difference", "Sandwich", "anneal", "divergences", "importance_bound", "ood"]
