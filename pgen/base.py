@@ -269,7 +269,7 @@ class _Questions(nn.Module):
         steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))
         device = settings.torch_device()
         num_data = batch_length(data) if source is None else len(source)
-        size = min(batch_size or self.default_batch_size or num_data, num_data)
+        size = min(batch_size or self._default_batch(num_data) or num_data, num_data)
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
             epochs, steps = (None, MOST_STEPS) if settings.stop == "converged" else (epochs, steps)
@@ -324,6 +324,10 @@ class _Questions(nn.Module):
     def default_objective(self) -> Any:
         """What ``fit`` minimises unless told otherwise."""
         return ELBO()
+
+    def _default_batch(self, num_data: int) -> int | None:
+        """Data a step, unless told otherwise; None for all."""
+        return self.default_batch_size
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         return Adam(1e-3), settings
@@ -538,6 +542,9 @@ class GenerativeModel(_Questions, PyroModule):
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
     has_density: ClassVar[bool] = True
     """Whether there is a ``log_prob`` at all."""
+    unit_rows: ClassVar[int] = UNIT_ROWS
+    """Most rows that ``log_prob`` evaluates at a time. A family whose distribution bounds its own memory takes more, and its
+    program is then run as written unless a tier is asked for."""
     default_batch_size = 100
     default_epochs = 100
 
@@ -586,7 +593,8 @@ class GenerativeModel(_Questions, PyroModule):
             if name not in accepted:
                 raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
         made: Any = cls
-        return made(tuple(x.shape[1:]), **{**cls.suggest(x, settings), **settings}, seed=seed)
+        weights = {"seed": seed} if "seed" in accepted else {}
+        return made(tuple(x.shape[1:]), **{**cls.suggest(x, settings), **settings}, **weights)
 
     @classmethod
     def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -980,7 +988,11 @@ class GenerativeModel(_Questions, PyroModule):
                 chains = settings.num_chains
                 return Score(found.value + log_det, "lower_bound", size, found.error, chains, measure)
             draws = int(num_samples) if latents else 1
-            value, error = importance_bound(model, guide, prepared, draws, batch_size=batch_size, **asked)
+            if self.unit_rows > UNIT_ROWS and compile == "auto":
+                asked["compile"] = "eager"
+            value, error = importance_bound(
+                model, guide, prepared, draws, batch_size=batch_size, unit_rows=self.unit_rows, **asked
+            )
         bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         if not latents:
             return Score(value + log_det, "lower_bound" if bounded else "exact", size, measure=measure)

@@ -177,6 +177,17 @@ CASES: dict[str, Case] = {
         lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()
     ),
     "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
+    "kde": exact(lambda seed: models.KernelDensity(EVENT), _REALS),
+    "kde_full": exact(lambda seed: models.KernelDensity(EVENT, covariance="full"), _REALS),
+    "kde_standardized": exact(
+        lambda seed: models.KernelDensity(EVENT, "exponential", covariance="spherical", preprocess=Standardize()), _REALS
+    ),
+    "kde_adaptive": exact(lambda seed: models.KernelDensity(EVENT, bandwidth=2.0, adaptive="abramson"), _REALS),
+    "kde_compact": exact(lambda seed: models.KernelDensity(EVENT, "epanechnikov", bandwidth=14.0), _REALS),
+    "kde_context": exact(lambda seed: models.KernelDensity(EVENT, context_dim=CONTEXT), _REALS, _CONTEXT),
+    "kde_discrete": exact(
+        lambda seed: models.KernelDensity(EVENT, features=[("categorical", 2), ("ordered", 2)] * 3), _BITS, values=2
+    ),
     "gaussian_full": exact(lambda seed: models.Gaussian(EVENT, seed=seed), _REALS),
     "gaussian_diagonal": exact(lambda seed: models.Gaussian(EVENT, "diagonal", preprocess=Standardize(), seed=seed), _REALS),
     "gaussian_low_rank": exact(lambda seed: models.Gaussian(EVENT, "low_rank", rank=2, seed=seed), _REALS),

@@ -6,6 +6,7 @@ from .causal_transformer import CausalTransformer
 from .gaussian import Gaussian
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
+from .kernel_density import KernelDensity
 from .vae import VAE
 from .wavenet import WaveNet
 
@@ -19,4 +20,5 @@ __all__ = [
     "Gaussian",
     "ProbabilisticPCA",
     "WaveNet",
+    "KernelDensity",
 ]

@@ -29,6 +29,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..machine import cpu_info
+from ..machine import prefers_onednn as _prefers_onednn
+
 __all__ = ["by_rule", "faster_products"]
 
 _LIBRARY = torch.library.Library("pgen", "DEF")
@@ -79,21 +82,6 @@ def by_rule(active: bool = True) -> Iterator[None]:
         yield
     finally:
         _BY_RULE.pop()
-
-
-@functools.cache
-def _cpu_info() -> str:
-    """What Linux says of the first processor: maker, family, model."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="ignore")[:20_000].splitlines() if info.exists() else [platform.processor()]
-    names = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    first = {line.split(":")[0].strip(): line for line in reversed(lines)}
-    return " ".join(first.get(name, "") for name in names) or lines[0]
-
-
-def _prefers_onednn() -> bool:
-    """Whether this machine's MKL takes its slow path: an AMD processor."""
-    return "AuthenticAMD" in _cpu_info()
 
 
 def faster_products(graph: fx.GraphModule) -> None:
@@ -176,7 +164,7 @@ def _choices() -> dict[str, bool]:
 def _file() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    machine = f"{platform.machine()} {_cpu_info()} {torch.__version__} {torch.get_num_threads()}"
+    machine = f"{platform.machine()} {cpu_info()} {torch.__version__} {torch.get_num_threads()}"
     return Path(cache_dir()) / f"pgen-products-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
