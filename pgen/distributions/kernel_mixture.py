@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -88,7 +89,7 @@ class KernelMixture(dist.TorchDistribution):
         tensor(-1.4189)
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
@@ -114,8 +115,9 @@ class KernelMixture(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All finite values; a compact kernel has density zero on some of them."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        """All finite values (whole numbers where no column is continuous); a compact kernel is zero on some of them."""
+        each = constraints.real if CONTINUOUS in self.columns else constraints.nonnegative_integer
+        return constraints.independent(each, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> KernelMixture:
         """The same for each of a batch."""
@@ -241,7 +243,7 @@ class _Sum:
     def _by_product(self, x: Tensor, u: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
         """log of each weighted kernel, ``(q, p)``, Gaussian, less |u|^2 / 2 where all points have one scale."""
         v, local = self._white(self.mixture.points[part]), self.mixture.local
-        inverse = 1.0 if local is None else local[part].double().square().reciprocal()[:, None]
+        inverse = v.new_ones(1, 1) if local is None else local[part].double().square().reciprocal()[:, None]
         bias = self._height(part) - 0.5 * (v.square() * inverse).sum(1) - 0.5 * u.shape[1] * math.log(2 * math.pi)
         left, right = [u, *self._query_codes(x)], [v * inverse, *self._point_codes(part)]
         if local is not None:
@@ -385,5 +387,3 @@ def _product(left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
     if left.dtype == torch.float32 and left.device.type == "cpu" and prefers_onednn() and left.shape[1]:
         return torch.ops.mkldnn._linear_pointwise.default(left, right, bias, "none", [], "")
     return torch.addmm(bias, left, right.T)
-
-

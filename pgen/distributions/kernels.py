@@ -28,11 +28,22 @@ from torch import Tensor
 
 from ..contracts import NotAvailable, check_choice, check_positive
 
-__all__ = ["KERNELS", "Epanechnikov", "Exponential", "Gaussian", "Kernel", "Product", "Radial", "Student", "Tophat", "as_kernel"]
+__all__ = [
+    "KERNELS",
+    "Epanechnikov",
+    "Exponential",
+    "Gaussian",
+    "Kernel",
+    "Product",
+    "Radial",
+    "Student",
+    "Tophat",
+    "as_kernel",
+]
 
 
 class Kernel:
-    r"""A density of standardised offsets. **A kernel of your own** defines ``log_density`` and ``sample``; the rest is optional.
+    r"""A density of standardised offsets. **A kernel of your own** defines ``log_density`` and ``sample``.
 
     Example:
         >>> class Logistic(Kernel):

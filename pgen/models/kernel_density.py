@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel
-from ..contracts import Batch, Run, Score, Seed, as_seed, check_choice, check_positive
+from ..contracts import Batch, Measure, Run, Score, Seed, as_seed, check_choice, check_positive
 from ..data.arrays import as_batch, is_source
 from ..data.batches import key
 from ..data.transforms import Transform
@@ -60,7 +60,7 @@ class KernelDensity(GenerativeModel):
     Args:
         event_shape: Shape of one datum.
         kernel: ``"gaussian"``, ``"epanechnikov"``, ``"exponential"``, ``"tophat"``, ``"student"``: radial, normalised over
-            all features together; or a ``pgen.distributions.Kernel``, such as ``Product(Epanechnikov())`` or your own.
+            all features together; or a ``pgen.distributions.kernels.Kernel``: ``Product(Epanechnikov())`` or your own.
         bandwidth: ``"leave_one_out"`` (the default, but for compact kernels), ``"silverman"`` (their default), ``"scott"``; a
             number; a vector, one for each continuous feature; or a matrix H, the covariance of each kernel (units squared).
         covariance: ``"spherical"`` (one bandwidth), ``"diagonal"`` (one a feature) or ``"full"`` (H is a multiple of the
@@ -158,10 +158,8 @@ class KernelDensity(GenerativeModel):
 
     def distribution(self, context: Tensor | None = None, row: Tensor | None = None) -> KernelMixture:
         """The mixture; given a context for each datum, of x given it."""
-        if not len(self.points):
-            raise ValueError("this KernelDensity has no points yet; call fit(x) first")
         return KernelMixture(
-            self.points, kernel=self.kernel, scale=self.bandwidth, columns=self.columns, smoothing=self.smoothing,
+            self.points, kernel=self.kernel, scale=self._scale(), columns=self.columns, smoothing=self.smoothing,
             weights=self.weights, local=self.local if self.adaptive else None, without=row, given=context,
             event_shape=self.event_shape,
         )  # fmt: skip
@@ -169,6 +167,9 @@ class KernelDensity(GenerativeModel):
     @property
     def bandwidth(self) -> Tensor:
         """h, ``()`` or ``(C,)``, or the lower-triangular L with H = L L^T, ``(C, C)``, in the units of preprocessed data."""
+        return self._scale().detach()
+
+    def _scale(self) -> Tensor:
         if not self.real:
             return self.points.new_zeros(0)
         scale = (self.floor**2 + (2 * self.log_bandwidth).exp()).sqrt()
@@ -304,7 +305,7 @@ class KernelDensity(GenerativeModel):
     def _joint(self) -> KernelMixture:
         """The mixture over context and x together, float64, for questions about the points."""
         return KernelMixture(
-            self.points.double(), kernel=self.kernel, scale=self.bandwidth.detach().double(), columns=self.columns,
+            self.points.double(), kernel=self.kernel, scale=self.bandwidth.double(), columns=self.columns,
             smoothing=None if self.smoothing is None else self.smoothing.detach().double(), weights=self.weights.double(),
         )  # fmt: skip
 
@@ -318,7 +319,7 @@ class KernelDensity(GenerativeModel):
             return
         text = (
             f"{share:.0%} of the points have an exact duplicate, which drives a leave-one-out bandwidth to zero: set a "
-            "`floor`, spread rounded values (preprocess=Dequantize(...)), or keep one of each and give their counts as 'weights'"
+            "`floor`, spread rounded values (preprocess=Dequantize(...)), or keep one of each with its count in 'weights'"
         )
         if share > FEW_DUPLICATES:
             raise ValueError(text)
@@ -331,14 +332,17 @@ class KernelDensity(GenerativeModel):
 
         A distribution over vectors of the columns that are not given, in order: ``log_prob`` and ``sample``.
         """
+        self._refuse_empty()
         order, known = self._order(given)
         like = self.points
         values = torch.as_tensor(as_batch(values)).to(like)
         if values.dim() != 2 or values.shape[1] != known:
-            raise ValueError(f"`values` should have shape (B, {known}), one for each column in `given`, got {tuple(values.shape)}")
+            raise ValueError(
+                f"`values` should have shape (B, {known}), one for each column in `given`, got {tuple(values.shape)}"
+            )
         real = [self.real.index(i) for i in order if i in self.real]
         codes = [i for i in range(len(self.columns)) if i not in self.real]
-        scale = self.bandwidth.detach()
+        scale = self.bandwidth
         if scale.dim() == 1:
             scale = scale[real]
         if scale.dim() == 2:
@@ -395,6 +399,21 @@ class KernelDensity(GenerativeModel):
                 )
         return batch
 
+    def _asked(self, seed: Seed, compile: str, progress: bool) -> dict[str, Any]:
+        self._refuse_empty()
+        return super()._asked(seed, compile, progress)
+
+    def _measure(self, batch: Batch) -> Measure:
+        self._refuse_empty()
+        return super()._measure(batch)
+
+    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> None:
+        """Done already: codes are checked with the rest of the input, and other columns take any number."""
+
+    def _refuse_empty(self) -> None:
+        if not len(self.points):
+            raise ValueError("this KernelDensity has no points yet; call fit(x) first")
+
     def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         found = super()._further(x, given)
         if "weights" in found:
@@ -410,7 +429,9 @@ class KernelDensity(GenerativeModel):
         """Write settings, points and bandwidths to one file; a kernel of your own cannot be named in it."""
         named = self.kernel.base if isinstance(self.kernel, Product) else self.kernel
         if named.name not in KERNELS:
-            raise ValueError(f"`kernel` is a {type(named).__name__} of your own, which a file cannot name; save its points instead")
+            raise ValueError(
+                f"`kernel` is a {type(named).__name__} of your own, which a file cannot name; save its points instead"
+            )
         super().save(path)
 
 
@@ -439,7 +460,9 @@ def _rule(bandwidth: Any, kernel: Kernel, size: int) -> tuple[str, Tensor | None
         return bandwidth, None
     given = torch.as_tensor(bandwidth, dtype=torch.float64, device="cpu").detach()
     if given.shape not in ((), (size,), (size, size)):
-        raise ValueError(f"`bandwidth` should be a number, {size} numbers or a {size} x {size} matrix, got {tuple(given.shape)}")
+        raise ValueError(
+            f"`bandwidth` should be a number, {size} of them or a {size} x {size} matrix, got {tuple(given.shape)}"
+        )
     positive = given.diagonal() if given.dim() == 2 else given
     if not bool(torch.isfinite(given).all()) or not bool((positive > 0).all()):
         raise ValueError(f"`bandwidth` should be positive and finite, got {given.flatten()[:4].tolist()}")
@@ -479,8 +502,8 @@ def _refuse_constant(deviation: Tensor, x: Tensor, real: list[int]) -> None:
     constant = (deviation <= 1e-10 * x.abs().amax(0)).nonzero()
     if len(constant):
         raise ValueError(
-            f"`data` is constant in column {real[int(constant[0, 0])]}, so a rule of thumb gives it the bandwidth zero; drop it, "
-            "or declare it in `features` as categorical"
+            f"`data` is constant in column {real[int(constant[0, 0])]}, so a rule of thumb gives it the bandwidth zero; drop "
+            "it, or declare it in `features` as categorical"
         )
 
 
