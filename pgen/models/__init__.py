@@ -4,9 +4,9 @@ from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .causal_transformer import CausalTransformer
 from .gaussian import Gaussian
+from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
-from .kernel_density import KernelDensity
 from .vae import VAE
 from .wavenet import WaveNet
 
@@ -18,7 +18,7 @@ __all__ = [
     "CausalTransformer",
     "FactorAnalysis",
     "Gaussian",
+    "KernelDensity",
     "ProbabilisticPCA",
     "WaveNet",
-    "KernelDensity",
 ]
