@@ -1123,7 +1123,7 @@ class GenerativeModel(_Questions, PyroModule):
 
         draws = self.draw(x, num_samples, seed, context, compile=compile, progress=progress)
         if not draws.values:
-            raise NotAvailable(f"{type(self).__name__} has no latent variables, so there is no posterior; ask for log_prob(x)")
+            raise self._without_latents("posterior")
         return to_datatree(draws, run=self.last_run)
 
     def predict(
@@ -1155,10 +1155,16 @@ class GenerativeModel(_Questions, PyroModule):
         def encoded(batch: Batch) -> Tensor:
             means = self._means(batch)
             if not means:
-                raise NotAvailable(f"{type(self).__name__} has no latent variables to encode into; VAE and Autoencoder have")
+                raise self._without_latents("encode")
             return torch.cat([v.reshape(len(v), -1) for v in means.values()], -1)
 
         return self._rows(encoded, "encode", self._batch("x", x, context), seed, progress)
+
+    def _without_latents(self, question: str) -> NotAvailable:
+        """What to say to a question about latents where there are none, or where all are summed out."""
+        return NotAvailable(
+            f"{type(self).__name__} has no latent variables, so there is no {question}; ask for log_prob(x), or a VAE"
+        )
 
     def _rows(
         self,
@@ -1186,9 +1192,7 @@ class GenerativeModel(_Questions, PyroModule):
         def reconstructed(batch: Batch) -> Tensor:
             means = self._means(batch)
             if not means:
-                raise NotAvailable(
-                    f"{type(self).__name__} has no latent variables to reconstruct from; VAE and Autoencoder have"
-                )
+                raise self._without_latents("reconstruct")
             with PlateSize(batch_length(batch)), At(means):
                 return _mean(run_program(self.model, {**cast(dict[str, Any], batch), "x": None})["x"])
 

@@ -37,6 +37,7 @@ __all__ = [
     "PlateSize",
     "Term",
     "Traces",
+    "aside",
     "batch_length",
     "call",
     "check_pair",
@@ -573,6 +574,18 @@ def draw_guide(guide: Callable[..., Any], batch: Batch, num_samples: int) -> tup
         return {name: site["value"] for name, site in sites.items()}
 
     return vectorize(once, num_samples), axes
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Run other programs in the midst of one, whose plates and handlers do not see them; parameters keep their home."""
+    stack, dims = pyro.poutine.runtime._PYRO_STACK, pyro.poutine.runtime._DIM_ALLOCATOR._stack
+    handlers, allocated = stack[:], dims[:]
+    stack[:], dims[:] = [handler for handler in handlers if isinstance(handler, _Homecoming)], []
+    try:
+        yield
+    finally:
+        stack[:], dims[:] = handlers, allocated
 
 
 def run_latents(model: Callable[..., Any], batch: Batch) -> dict[str, Term]:

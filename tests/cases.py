@@ -242,6 +242,32 @@ CASES: dict[str, Case] = {
         _CONTEXT,
         values=2,
     ),
+    "gaussian_mixture_full": exact(lambda seed: models.GaussianMixture(EVENT, 3, seed=seed), _REALS),
+    "gaussian_mixture_diagonal_context": exact(
+        lambda seed: models.GaussianMixture(EVENT, 3, "diagonal", context_dim=CONTEXT, hidden=(4,), seed=seed), _REALS, _CONTEXT
+    ),
+    "gaussian_mixture_spherical": exact(
+        lambda seed: models.GaussianMixture(EVENT, 3, "spherical", preprocess=Standardize(), seed=seed), _REALS
+    ),
+    "gaussian_mixture_tied": exact(lambda seed: models.GaussianMixture(EVENT, 3, "tied", seed=seed), _REALS),
+    "gaussian_mixture_low_rank": exact(lambda seed: models.GaussianMixture(EVENT, 3, "low_rank", rank=2, seed=seed), _REALS),
+    "mixture_bernoulli": exact(lambda seed: models.Mixture(EVENT, 3, seed=seed), _BITS, values=2),
+    "mixture_categorical_context": exact(
+        lambda seed: models.Mixture(EVENT, 3, "categorical", num_classes=2, context_dim=CONTEXT, hidden=(4,), seed=seed),
+        _CLASSES % 2,
+        _CONTEXT,
+        values=2,
+    ),
+    "mixture_mixed": exact(
+        lambda seed: models.Mixture(
+            EVENT, 2, ["bernoulli", "categorical"] * 3, num_classes=[None, 2, None, 2, None, 2], seed=seed
+        ),
+        _BITS,
+        values=2,
+    ),
+    "mixture_of": exact(
+        lambda seed: models.MixtureOf([models.Gaussian(EVENT), models.GaussianMixture(EVENT, 2, seed=seed)], seed=seed), _REALS
+    ),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -7,6 +7,7 @@ from .gaussian import Gaussian
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
+from .mixture import GaussianMixture, Mixture, MixtureOf
 from .vae import VAE
 from .wavenet import WaveNet
 
@@ -18,7 +19,10 @@ __all__ = [
     "CausalTransformer",
     "FactorAnalysis",
     "Gaussian",
+    "GaussianMixture",
     "KernelDensity",
+    "Mixture",
+    "MixtureOf",
     "ProbabilisticPCA",
     "WaveNet",
 ]

@@ -1,0 +1,598 @@
+r"""K distributions of one kind over the same numbers, scored all at once: what mixtures and hidden Markov models are made of.
+
+A family of components says which arrays it needs (``shapes``), where they start (``start``: the weighted maximum of the
+likelihood, smoothed), and what they mean (``log_prob`` of every component, by matrix products; ``distribution``). The arrays
+themselves belong to ``Arrays``: learned, or given by a network of the context.
+
+Two regularisers keep likelihoods bounded. They act on *gradients alone*, so values are those of the density: ``floor`` moves
+each maximum where EM with :math:`\Sigma_k = S_k + \epsilon \operatorname{diag}(s^2)` would be (scikit-learn's
+``reg_covar``), and ``smoothing`` adds that many counts to each category (Laplace).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+from torch.nn.functional import logsigmoid, softplus
+
+from ..contracts import check_choice, check_positive
+from ..nn import MLP
+
+__all__ = [
+    "COVARIANCES",
+    "Arrays",
+    "BernoulliComponents",
+    "CategoricalComponents",
+    "Columns",
+    "Components",
+    "GaussianComponents",
+    "InComponent",
+    "Table",
+    "gradient_alone",
+    "vector_components",
+]
+
+COVARIANCES = ("full", "diagonal", "spherical", "tied", "low_rank")
+
+Values = dict[str, Tensor]
+"""Arrays by name, each ``(*batch, *shape)``."""
+
+
+class Arrays(nn.Module):
+    r"""Named arrays: learned, or :math:`a + f(c)` with a network f of the context c.
+
+    Args:
+        shapes: Of each array.
+        context_dim: Size of the context; 0 for none.
+        hidden: Sizes of the network's hidden layers.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], context_dim: int = 0, hidden: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.shapes = shapes
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.network: MLP | None = None
+        if context_dim:
+            self.network = MLP(context_dim, hidden, sum(math.prod(s) for s in shapes.values())).glorot()
+            with torch.no_grad():
+                self.network[-1].weight.mul_(0.5)  # type: ignore[operator,union-attr]
+
+    def forward(self, context: Tensor | None) -> Values:
+        """The arrays, with the context's rows in front where there is a network."""
+        base = {name: getattr(self, name) for name in self.shapes}
+        if self.network is None or context is None:
+            return base
+        parts = self.network(context).split([math.prod(s) for s in self.shapes.values()], -1)
+        return {name: base[name] + part.unflatten(-1, self.shapes[name]) for name, part in zip(self.shapes, parts)}
+
+    @torch.no_grad()
+    def set(self, values: Values) -> None:
+        """Copy values into the learned arrays."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+
+class Components(nn.Module):
+    """K distributions over vectors of D numbers.
+
+    Attributes:
+        count: K.
+        size: D.
+        shapes: Of each array that the components need; axis 0 is K, or 1 where all components share it.
+        support: Of one number.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    support: Any
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.count, self.size = count, size
+
+    def start(self, x: Tensor, weight: Tensor) -> Values:
+        """Arrays at the smoothed maximum of the likelihood.
+
+        Args:
+            x: Data ``(N, D)``, float64.
+            weight: How much of each datum belongs to each component, ``(N, K)``, float64.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+        """Log-density of each datum ``(*batch, D)`` in each component, ``(*batch, K)``, in nats."""
+        raise NotImplementedError
+
+    def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
+        """What ``make`` takes, each ``(*batch, K, ...)``."""
+        raise NotImplementedError
+
+    def make(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """A distribution of D numbers."""
+        raise NotImplementedError
+
+    def distribution(self, arrays: Values) -> dist.TorchDistribution:
+        """The components as one distribution, batch shape ``(*batch, K)``, event shape ``(D,)``."""
+        return self.make(*self.parameters_of(arrays))
+
+    def sample(self, arrays: Values, z: Tensor) -> Tensor:
+        """One draw from the component numbered ``z`` of each row, ``(*z.shape, D)``."""
+        name = next(iter(self.shapes))
+        axis = arrays[name].dim() - len(self.shapes[name])
+        return self.make(*[pick(parameter, z, axis) for parameter in self.parameters_of(arrays)]).sample()
+
+
+def pick(values: Tensor, z: Tensor, axis: int) -> Tensor:
+    """``values`` at the number ``z`` of each row along ``axis``, which is 0 where all rows share the values."""
+    if axis == 0:
+        return values[z]
+    index = z.reshape(*z.shape, *(1,) * (values.dim() - axis)).expand(*z.shape, 1, *values.shape[axis + 1 :])
+    return values.expand(*z.shape, *values.shape[axis:]).gather(axis, index).squeeze(axis)
+
+
+class GaussianComponents(Components):
+    r"""Gaussians, in coordinates in which the start is standard.
+
+    .. math:: \log \mathcal{N}(x; \mu_k, \Sigma_k) = \sum_d \log u_{k,dd} - \tfrac{1}{2} \lVert U_k (x - \mu_k) \rVert^2
+        - \tfrac{D}{2} \log 2\pi, \qquad \Sigma_k^{-1} = U_k^\top U_k, \quad U_k = V_k U_k^0, \quad
+        \mu_k = \mu_k^0 + (U_k^0)^{-1} m_k
+
+    The buffers :math:`\mu^0, U^0` hold the start; :math:`m` and the lower triangular :math:`V` are learned and of order one,
+    so that neither the units of x nor its correlations slow the fit down. :math:`V, U` are matrices (``full``; one for all
+    components: ``tied``), vectors (``diagonal``) or numbers (``spherical``); ``low_rank`` has
+    :math:`\Sigma_k = W_k W_k^\top + \Psi_k`, a mixture of factor analysers (Ghahramani and Hinton 1996, CRG-TR-96-1).
+
+    Args:
+        count: K.
+        size: D.
+        covariance: ``"full"``, ``"diagonal"``, ``"spherical"``, ``"tied"`` or ``"low_rank"``.
+        rank: Columns of each W.
+        floor: Variance that the fit adds to each component's in every number, as a share of that number's variance in the data.
+    """
+
+    support = constraints.real
+    unit: Tensor
+    centre: Tensor
+    whiten: Tensor
+    colour: Tensor
+
+    def __init__(self, count: int, size: int, covariance: str = "full", rank: int | None = None, floor: float = 1e-6) -> None:
+        super().__init__(count, size)
+        check_choice("covariance", covariance, COVARIANCES)
+        if (covariance == "low_rank") != (rank is not None):
+            raise ValueError(f"`rank` goes with covariance='low_rank', and is needed there; got {rank}")
+        check_positive("rank", rank, allow_none=True)
+        if not 0 <= floor < 1:
+            raise ValueError(f"`floor` is a share of the data's variances, in [0, 1), got {floor}")
+        self.covariance, self.rank, self.floor = covariance, rank, floor
+        self.matrix = covariance in ("full", "tied")
+        kinds = 1 if covariance == "tied" else count
+        scales = 1 if covariance == "spherical" else size
+        self.shapes = {"shift": (count, size), "log_precision": (kinds, scales)}
+        if self.matrix:
+            self.shapes["lower"] = (kinds, size, size)
+        if rank is not None:
+            self.shapes["factor"] = (count, size, rank)
+        self.register_buffer("unit", torch.ones(size))  # variances of the data
+        self.register_buffer("centre", torch.zeros(count, size))  # mu^0
+        whiten = torch.eye(size).expand(kinds, size, size) if self.matrix else torch.ones(kinds, scales)
+        self.register_buffer("whiten", whiten.clone())  # U^0
+        colour = whiten.clone() if self.matrix else torch.zeros(0)
+        self.register_buffer("colour", colour)  # its inverse
+
+    # -- where it starts ----------------------------------------------------------------------------------------------
+
+    def start(self, x: Tensor, weight: Tensor) -> Values:
+        """Means and covariances of each component's data, to which one datum of the covariance of all data is added."""
+        unit = x.var(0, correction=0)
+        _check_varies(x, unit)
+        self.unit.copy_(unit)
+        total = weight.sum(0)[:, None] + 1e-9
+        means = weight.T @ x / total
+        if self.matrix:
+            scatter = torch.stack([(w[:, None] * (x - m)).T @ (x - m) for w, m in zip(weight.T, means)])
+            if self.covariance == "tied":
+                scatter, total = scatter.sum(0, keepdim=True), total.sum(0, keepdim=True)
+            whole = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x) + 1e-6 * unit.diag()
+            covariances = (scatter + whole) / (total[..., None] + 1)
+        else:
+            scatter = weight.T @ x.square() - total * means.square()
+            covariances = (scatter.clamp(min=0) + unit) / (total + 1)
+            if self.covariance == "spherical":
+                covariances = covariances.mean(-1, keepdim=True)
+        return self.place(means, covariances)
+
+    @torch.no_grad()
+    def place(self, means: Tensor, covariances: Tensor) -> Values:
+        """Arrays that give these means and covariances; they become the coordinates of what is learned.
+
+        Args:
+            means: ``(K, D)``.
+            covariances: Full ``(K, D, D)``, tied ``(1, D, D)``, diagonal ``(K, D)``, spherical ``(K, 1)``; of a low rank the
+                diagonal, to which the factors start as a small random part.
+        """
+        self.centre.copy_(means)
+        if self.matrix:
+            lower, failed = torch.linalg.cholesky_ex(covariances.double())
+            if bool(failed.any()):
+                raise ValueError(f"covariance {int(failed.nonzero()[0, 0])} is not positive definite; add to its diagonal")
+            eye = torch.eye(self.size, dtype=lower.dtype, device=lower.device)
+            self.colour.copy_(lower)
+            self.whiten.copy_(torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False))
+        else:
+            self.whiten.copy_(covariances.rsqrt())
+        values = {name: self.centre.new_zeros(shape) for name, shape in self.shapes.items()}
+        if self.rank is not None:
+            values["factor"] = 0.1 * torch.randn(self.shapes["factor"], device=self.centre.device).to(self.centre)
+        return values
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def roots(self, arrays: Values) -> Tensor:
+        """U of each component: lower triangular matrices, or the reciprocals of standard deviations."""
+        precision = arrays["log_precision"].exp()
+        if not self.matrix:
+            return precision * self.whiten
+        return (arrays["lower"].tril(-1) + torch.diag_embed(precision)) @ self.whiten
+
+    def means(self, arrays: Values) -> Tensor:
+        r"""Means :math:`\mu`, ``(*batch, K, D)``."""
+        shift = arrays["shift"]
+        if self.matrix:
+            return self.centre + (self.colour @ shift[..., None])[..., 0]
+        return self.centre + shift / self.whiten
+
+    def covariances(self, arrays: Values) -> Tensor:
+        r"""Covariances :math:`\Sigma`, ``(*batch, K, D, D)``."""
+        if self.rank is not None:
+            factor, variance = self._factors(arrays)
+            return factor @ factor.mT + torch.diag_embed(variance)
+        scale = self.scales(arrays)
+        return scale @ scale.mT if self.matrix else torch.diag_embed(scale.square())
+
+    def scales(self, arrays: Values) -> Tensor:
+        r""":math:`U^{-1}`, ``(*batch, K, D, D)``, which times its transpose is :math:`\Sigma`; or standard deviations."""
+        roots, shape = self.roots(arrays), arrays["shift"].shape
+        if not self.matrix:
+            return roots.reciprocal().expand(shape)
+        eye = torch.eye(self.size).to(roots)
+        return torch.linalg.solve_triangular(roots, eye.expand_as(roots), upper=False).expand(*shape, self.size)
+
+    def _factors(self, arrays: Values) -> tuple[Tensor, Tensor]:
+        """W and the diagonal of Psi."""
+        return arrays["factor"] / self.whiten[..., None], (-2 * arrays["log_precision"]).exp() / self.whiten.square()
+
+    # -- densities ----------------------------------------------------------------------------------------------------
+
+    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+        """Log-densities, ``(*batch, K)``."""
+        if self.rank is not None:
+            fn = self.distribution(arrays)
+            precision = fn.precision_matrix.diagonal(dim1=-2, dim2=-1)  # type: ignore[attr-defined]
+            return fn.log_prob(x[..., None, :]) - self._penalty(precision)
+        roots, means = self.roots(arrays), self.means(arrays)
+        if self.matrix:
+            square, log_det = _squares(x, means, roots), roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            precision = roots.square().sum(-2)
+        else:
+            precision = roots.expand(means.shape).square()
+            square, log_det = _weighted_squares(x, means, precision), 0.5 * precision.log().sum(-1)
+        return log_det - 0.5 * (square + self.size * math.log(2 * math.pi)) - self._penalty(precision)
+
+    def _penalty(self, precision: Tensor) -> Tensor:
+        r""":math:`\tfrac{1}{2} \epsilon \sum_d s_d^2 (\Sigma_k^{-1})_{dd}` in gradients, zero as a value."""
+        return gradient_alone(0.5 * self.floor * (precision * self.unit).sum(-1))
+
+    def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
+        """Means, and factors of covariances."""
+        means = self.means(arrays)
+        return (means, *self._factors(arrays)) if self.rank is not None else (means, self.scales(arrays))
+
+    def make(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """Normal."""
+        if self.rank is not None:
+            return dist.LowRankMultivariateNormal(*parameters)
+        if self.matrix:
+            return dist.MultivariateNormal(parameters[0], scale_tril=parameters[1])
+        return dist.Normal(*parameters).to_event(1)
+
+
+def gradient_alone(value: Tensor) -> Tensor:
+    """Zero, with the gradient of ``value``."""
+    return value - value.detach()
+
+
+def _squares(x: Tensor, means: Tensor, roots: Tensor) -> Tensor:
+    r""":math:`\lVert U_k (x - \mu_k) \rVert^2`, ``(*batch, K)``."""
+    if means.dim() > 2:  # the arrays have rows of their own
+        return (roots @ (x[..., None, :] - means)[..., None]).square().sum((-2, -1))
+    middle = means.mean(0)
+    x, means = x - middle, means - middle
+    if len(roots) == 1:
+        y, centres = x @ roots[0].mT, means @ roots[0].mT
+        return _weighted_squares(y, centres, torch.ones_like(centres))
+    y = (x @ roots.flatten(0, 1).mT).unflatten(-1, roots.shape[:2])
+    return (y - (roots @ means[..., None])[..., 0]).square().sum(-1)
+
+
+def _weighted_squares(x: Tensor, means: Tensor, weights: Tensor) -> Tensor:
+    r""":math:`\sum_d w_{kd} (x_d - \mu_{kd})^2`, ``(*batch, K)``; by matrix products in float64, as squares cancel."""
+    if means.dim() > 2:
+        return (weights * (x[..., None, :] - means).square()).sum(-1)
+    middle = means.mean(0)
+    y, m, w = (x - middle).double(), (means - middle).double(), weights.double()
+    found = y.square() @ w.mT - 2 * (y @ (w * m).mT) + (w * m.square()).sum(-1)
+    return found.clamp(min=0).to(x.dtype)
+
+
+def _check_varies(x: Tensor, variance: Tensor) -> None:
+    """Refuse a constant column, on which the density of a Gaussian has no bound."""
+    still = variance <= 1e-12 * x.square().mean(0)
+    if bool(still.any()):
+        column = int(still.nonzero()[0, 0])
+        raise ValueError(
+            f"number {column} of each datum is constant ({float(x[0, column]):g} in all {len(x)} data), so a "
+            f"Gaussian's density has no bound: drop it, or if x is discrete give preprocess=pgen.data.Dequantize(levels)"
+        )
+
+
+class BernoulliComponents(Components):
+    r"""Independent bits: :math:`\log p(x \mid k) = \sum_d x_d \ell_{kd} - \log(1 + e^{\ell_{kd}})`.
+
+    Args:
+        count: K.
+        size: D.
+        smoothing: Counts added to each of the two values, in each component.
+    """
+
+    support = constraints.boolean
+    num_data: Tensor
+
+    def __init__(self, count: int, size: int, smoothing: float = 1.0) -> None:
+        super().__init__(count, size)
+        self.smoothing, self.shapes = smoothing, {"logits": (count, size)}
+        self.register_buffer("num_data", torch.ones(()))
+
+    def start(self, x: Tensor, weight: Tensor) -> Values:
+        """Log odds of the smoothed frequencies."""
+        self.num_data.fill_(len(x))
+        ones, total = weight.T @ x, weight.sum(0)[:, None]
+        counts = max(self.smoothing, 1e-2)
+        return {"logits": torch.logit((ones + counts) / (total + 2 * counts))}
+
+    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+        """Log-masses, ``(*batch, K)``."""
+        logits = arrays["logits"]
+        inside = (logits * x[..., None, :]).sum(-1) if logits.dim() > 2 else x @ logits.mT
+        prior = self.smoothing / self.num_data * (logsigmoid(logits) + logsigmoid(-logits)).sum((-2, -1))
+        return inside - softplus(logits).sum(-1) + gradient_alone(prior)[..., None]
+
+    def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
+        """Log odds."""
+        return (arrays["logits"],)
+
+    def make(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """Bernoulli."""
+        return dist.Bernoulli(logits=parameters[0]).to_event(1)
+
+
+class CategoricalComponents(Components):
+    r"""Independent categories: :math:`\log p(x \mid k) = \sum_d \log \operatorname{softmax}(\ell_{kd})_{x_d}`.
+
+    Args:
+        count: K.
+        size: D.
+        num_classes: Values 0, ..., ``num_classes`` - 1 that each number takes.
+        smoothing: Counts added to each of the values, in each component.
+    """
+
+    num_data: Tensor
+
+    def __init__(self, count: int, size: int, num_classes: int, smoothing: float = 1.0) -> None:
+        super().__init__(count, size)
+        check_positive("num_classes", num_classes)
+        self.support = constraints.integer_interval(0, num_classes - 1)
+        self.num_classes, self.smoothing, self.shapes = num_classes, smoothing, {"logits": (count, size, num_classes)}
+        self.register_buffer("num_data", torch.ones(()))
+
+    def _one_hot(self, x: Tensor) -> Tensor:
+        return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(x.dtype)
+
+    def start(self, x: Tensor, weight: Tensor) -> Values:
+        """Logarithms of the smoothed frequencies."""
+        self.num_data.fill_(len(x))
+        counts = (weight.T @ self._one_hot(x).flatten(1)).unflatten(-1, (self.size, -1)) + max(self.smoothing, 1e-2)
+        return {"logits": (counts / counts.sum(-1, keepdim=True)).log()}
+
+    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+        """Log-masses, ``(*batch, K)``."""
+        table, seen = arrays["logits"].log_softmax(-1).flatten(-2), self._one_hot(x).flatten(-2)  # (*, K, D C), (*, D C)
+        inside = (table * seen[..., None, :]).sum(-1) if table.dim() > 2 else seen @ table.mT
+        return inside + gradient_alone(self.smoothing / self.num_data * table.sum((-2, -1)))[..., None]
+
+    def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
+        """Logits."""
+        return (arrays["logits"],)
+
+    def make(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """Categorical."""
+        return dist.Categorical(logits=parameters[0]).to_event(1)
+
+
+class Columns(Components):
+    """Numbers of several kinds side by side, independent within a component.
+
+    Args:
+        parts: Components of each kind.
+        columns: Which of the D numbers each of them is about.
+    """
+
+    def __init__(self, parts: Sequence[Components], columns: Sequence[Sequence[int]]) -> None:
+        super().__init__(parts[0].count, sum(len(c) for c in columns))
+        self.parts = nn.ModuleList(parts)
+        self.shapes = {f"{name}_{i}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
+        order = [column for part in columns for column in part]
+        for i, part in enumerate(columns):
+            self.register_buffer(f"columns_{i}", torch.tensor(list(part)), persistent=False)
+        self.back: Tensor
+        self.register_buffer("back", torch.tensor(sorted(range(len(order)), key=order.__getitem__)), persistent=False)
+        self.support = _Each([part.support for part in parts], columns)
+
+    def _each(self, arrays: Values) -> list[tuple[Any, Tensor, Values]]:
+        """Components, their columns, their arrays."""
+        return [
+            (part, getattr(self, f"columns_{i}"), {name: arrays[f"{name}_{i}"] for name in part.shapes})  # type: ignore[union-attr]
+            for i, part in enumerate(self.parts)
+        ]
+
+    def start(self, x: Tensor, weight: Tensor) -> Values:
+        """Each kind by itself."""
+        started = [(i, p.start(x[:, getattr(self, f"columns_{i}")], weight)) for i, p in enumerate(self.parts)]  # type: ignore[operator]
+        return {f"{name}_{i}": value for i, values in started for name, value in values.items()}
+
+    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+        """Log-densities, ``(*batch, K)``."""
+        parts = [part.log_prob(x[..., columns], values) for part, columns, values in self._each(arrays)]
+        return sum(parts[1:], parts[0])
+
+    def sample(self, arrays: Values, z: Tensor) -> Tensor:
+        """One draw from the component numbered ``z`` of each row."""
+        drawn = [part.sample(values, z) for part, _, values in self._each(arrays)]
+        dtype = next(iter(arrays.values())).dtype
+        return torch.cat([d.to(dtype) for d in drawn], -1)[..., self.back]
+
+
+class _Each(Constraint):
+    """Columns of several kinds."""
+
+    def __init__(self, kinds: Sequence[Constraint], columns: Sequence[Sequence[int]]) -> None:
+        self.kinds, self.columns = kinds, columns
+
+    def check(self, value: Tensor) -> Tensor:
+        """For each number, whether it may be."""
+        inside = torch.ones_like(value, dtype=torch.bool)
+        for kind, columns in zip(self.kinds, self.columns):
+            inside[..., list(columns)] = kind.check(value[..., list(columns)])
+        return inside
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{kind} in columns {list(columns)}" for kind, columns in zip(self.kinds, self.columns))
+
+
+KINDS = ("gaussian", "bernoulli", "categorical")
+
+
+def vector_components(
+    count: int,
+    size: int,
+    likelihood: str | Sequence[str],
+    *,
+    num_classes: int | Sequence[int | None] | None = None,
+    covariance: str = "diagonal",
+    rank: int | None = None,
+    floor: float = 1e-6,
+    smoothing: float = 1.0,
+) -> Components:
+    """Components of one kind, or of a kind for each number.
+
+    Args:
+        count: K.
+        size: D.
+        likelihood: ``"gaussian"``, ``"bernoulli"``, ``"categorical"``, or one of these for each of the D numbers.
+        num_classes: Values of categories: one number for all, or one for each of the D numbers (None where not categorical).
+        covariance: Of Gaussians.
+        rank: Of ``covariance="low_rank"``.
+        floor: Of Gaussians, see ``GaussianComponents``.
+        smoothing: Of bits and categories, see ``BernoulliComponents``.
+    """
+    kinds = [likelihood] * size if isinstance(likelihood, str) else list(likelihood)
+    if len(kinds) != size:
+        raise ValueError(f"`likelihood` names {len(kinds)} kinds for {size} numbers; give one for each, or one name for all")
+    classes = _classes(kinds, num_classes)
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for column, kind in enumerate(kinds):
+        check_choice("likelihood", kind, KINDS)
+        groups.setdefault((kind, classes[column]), []).append(column)
+
+    def made(kind: str, values: int | None, columns: list[int]) -> Components:
+        if kind == "gaussian":
+            return GaussianComponents(count, len(columns), covariance, rank, floor)
+        if kind == "bernoulli":
+            return BernoulliComponents(count, len(columns), smoothing)
+        return CategoricalComponents(count, len(columns), int(values or 0), smoothing)
+
+    parts = [made(kind, values, columns) for (kind, values), columns in groups.items()]
+    return parts[0] if len(parts) == 1 else Columns(parts, list(groups.values()))
+
+
+def _classes(kinds: Sequence[str], num_classes: int | Sequence[int | None] | None) -> list[int | None]:
+    """The number of values of each number, None where it is no category."""
+    given = [num_classes] * len(kinds) if num_classes is None or isinstance(num_classes, int) else list(num_classes)
+    if len(given) != len(kinds):
+        raise ValueError(f"`num_classes` has {len(given)} entries for {len(kinds)} numbers; give one for each, or one for all")
+    if num_classes is not None and "categorical" not in kinds:
+        raise ValueError("`num_classes` goes with likelihood='categorical'; leave it out")
+    for column, (kind, values) in enumerate(zip(kinds, given)):
+        if kind == "categorical" and values is None:
+            raise ValueError(f"`num_classes` is missing for number {column}: a category needs the number of its values")
+    return [values if kind == "categorical" else None for kind, values in zip(kinds, given)]
+
+
+class Table(Protocol):
+    """Densities of x in every component, and draws from one."""
+
+    @property
+    def support(self) -> Constraint:
+        """Of each number."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``(*batch, K)``."""
+
+    def sample(self, z: Tensor) -> Tensor:
+        """``(*z.shape, *event_shape)``."""
+
+
+class InComponent(dist.TorchDistribution):
+    """x in the component numbered z, for a z that is drawn or that takes all its values along an axis to the left of the rows.
+
+    Args:
+        table: Densities in every component; of all of them at once, whatever z.
+        z: Numbers of components.
+        event_shape: Shape of one x.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(self, table: Table, z: Tensor, event_shape: Sequence[int], batch_shape: torch.Size | None = None) -> None:
+        self.table, self.z = table, z
+        super().__init__(z.shape if batch_shape is None else batch_shape, torch.Size(event_shape), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> InComponent:
+        """The same with more axes."""
+        return InComponent(self.table, self.z, self.event_shape, torch.Size(batch_shape))
+
+    @property
+    def support(self) -> Constraint:
+        """Of each number of x."""
+        return self.table.support
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws of x."""
+        return self.table.sample(self.z.expand((*sample_shape, *self.batch_shape)))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | z), in nats."""
+        table = self.table.log_prob(x)  # (*rows, K)
+        rows = table.shape[:-1]
+        if self.z.dim() > len(rows) and self.z.numel() == self.z.shape[0]:  # all values, to the left of the rows
+            every = table.movedim(-1, 0)[self.z.reshape(-1)]
+            return every.reshape(len(every), *(1,) * (self.z.dim() - 1 - len(rows)), *rows)
+        z = self.z.expand(self.batch_shape)
+        return table.expand(*z.shape, -1).gather(-1, z[..., None])[..., 0]
