@@ -99,3 +99,9 @@ def test_walks_of_a_linear_decoder_are_even():
     steepest, busiest = module.walks(lambda z: 3.0 * z[:, :1, None], codes[:, :1], number=50)
     assert steepest == pytest.approx(3.0 * sd, rel=1e-3)
     assert busiest == pytest.approx(6 / 64, rel=1e-3)
+
+
+def test_sequences_learns_to_add(capsys):
+    bits, right = example("sequences").main(steps=150, progress=False)
+    assert 1.1 < bits < 2.5 and 0 <= right <= 1
+    assert "after 3+4= comes" in capsys.readouterr().out
