@@ -9,6 +9,7 @@ from . import data, evaluation, models, objectives, training
 from .base import GenerativeModel, Pair, load
 from .contracts import Draws, NotAvailable, Run, Score
 from .evaluation.compare import compare
+from .models import GenerativeClassifier
 from .multistart import Restarts, multistart
 from .objectives import ELBO, IWAE
 from .training import Training
@@ -17,6 +18,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "Draws",
+    "GenerativeClassifier",
     "GenerativeModel",
     "NotAvailable",
     "Pair",

@@ -90,6 +90,9 @@ __all__ = ["GenerativeModel", "Pair", "load"]
 FAMILIES: dict[str, type[GenerativeModel]] = {}
 """The closed registry of families that a saved file may name."""
 
+COMPOSITES: dict[str, Callable[[dict[str, Any], dict[str, Tensor], Any], Any]] = {}
+"""What a saved file may hold that is made of families: its loader, from metadata, tensors and path."""
+
 SAMPLE_ROWS = 1024
 """Most data that ``sample`` generates at a time; part of what keys the noise."""
 ENCODE_ROWS = 256
@@ -1737,13 +1740,39 @@ def load(path: str | Path) -> GenerativeModel:
         ValueError: If the file is damaged, hostile, or of an unknown family; in one line.
     """
     metadata = files.read_metadata(path)
-    family, settings = metadata.get("family"), metadata.get("settings", {})
-    if family == "pair":
+    if metadata.get("family") == "pair":
         raise ValueError(f"{path} holds the state of a pair of your own; load it with pgen.Pair(model, guide).load(path)")
+    _check_settings(path, metadata.get("settings", {}))
+    load_composite = COMPOSITES.get(str(metadata.get("family")))
+    if load_composite is None:
+        _check_family(metadata, path)
+        return built(metadata, files.read(path)[0], path)
+    try:
+        return load_composite(metadata, files.read(path)[0], path)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: settings do not fit a {metadata['family']}: {str(error)[:80]}") from error
+
+
+def description(model: GenerativeModel) -> dict[str, Any]:
+    """What ``built`` needs of a model beside its tensors: family, settings and preprocessing, as plain JSON."""
+    preprocess = None if model.preprocess is None else model.preprocess.settings()
+    return {"family": model.family, "settings": model.settings(), "preprocess": preprocess}
+
+
+def _check_family(metadata: Any, path: Any) -> None:
+    family = metadata.get("family") if isinstance(metadata, dict) else None
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{path}: unknown family {str(family)[:40]!r}{nearest(str(family)[:40], FAMILIES)}")
-    _check_settings(path, settings)
-    tensors, _ = files.read(path)
+
+
+def built(metadata: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> GenerativeModel:
+    """A model from its ``description`` and its tensors, sizes checked before anything is allocated.
+
+    Raises:
+        ValueError: If the family is unknown, or settings and tensors do not fit it.
+    """
+    _check_family(metadata, path)
+    family, settings = metadata["family"], metadata.get("settings", {})
     try:
         with torch.device("meta"):
             _check_outline(FAMILIES[family](**settings), tensors, path)

@@ -7,7 +7,7 @@ pyplot and its global state are never touched: no window opens, no ``rcParams`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from pgen.evaluation.calibration import Calibration
     from pgen.evaluation.compare import Comparison
     from pgen.evaluation.ood import OODReport
 
@@ -274,6 +275,77 @@ def out_of_distribution(found: OODReport, bins: int = 40) -> Figure:
         _label(ax, f"{method} [nats]", "share of the data", f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}")
     _legend(axes[0])
     return figure
+
+
+def reliability(found: Calibration) -> Figure:
+    r"""The reliability diagram: the share classified rightly in each bin of confidence, beside the confidence itself.
+
+    A calibrated classifier lies on the diagonal; below it, it is too sure of itself. The area of a mark is the bin's share of
+    the data.
+
+    Args:
+        found: What ``pgen.evaluation.calibration`` or a classifier's ``evaluate`` returned.
+    """
+    figure, (ax,) = _figure(4.6, 4.4)
+    filled = _plain(found.counts) > 0
+    x, y, counts = (_plain(values)[filled] for values in (found.confidence, found.right, found.counts))
+    ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+    ax.vlines(x, np.minimum(x, y), np.maximum(x, y), color=ORANGE, linewidth=1.2)
+    ax.scatter(x, y, s=20 + 300 * counts / counts.sum(), color=BLUE, edgecolor="white", zorder=3)
+    _label(ax, "confidence", "share classified rightly", f"accuracy {found.accuracy:.3f}, ECE {found.ece:.3f}")
+    ax.set_xlim(0, 1.03)
+    ax.set_ylim(0, 1.03)
+    return figure
+
+
+def decision_boundary(
+    predict_proba: Callable[[Any], Any], x: Any, y: Any, *, grid: int = 150, names: Sequence[str] = ("x0", "x1")
+) -> Figure:
+    r"""Classes of data in the plane, and of every point around them: the paler, the less sure.
+
+    Args:
+        predict_proba: From points ``(N, 2)`` to probabilities ``(N, K)``: a classifier's method.
+        x: Data, ``(N, 2)``.
+        y: Their classes, ``(N,)``.
+        grid: Points along each axis.
+        names: Of the two coordinates.
+
+    Raises:
+        ValueError: If ``x`` does not lie in a plane.
+    """
+    import torch
+
+    points, labels = _array("x", x), _array("y", y).astype(int)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"`x` should lie in a plane, shape (N, 2), got {points.shape}; project it first")
+    check_positive("grid", grid)
+    low, high = points.min(0), points.max(0)
+    low, high = low - 0.15 * (high - low), high + 0.15 * (high - low)
+    axes = [np.linspace(low[i], high[i], grid) for i in range(2)]
+    mesh = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
+    probs = np.asarray(_plain(predict_proba(torch.as_tensor(mesh, dtype=torch.get_default_dtype()))))
+    colours = np.array([_rgb(CATEGORIES[k % len(CATEGORIES)]) for k in range(probs.shape[1])])
+    figure, (ax,) = _figure(5.2, 4.6)
+    shade = 1 - 0.75 * (1 - probs @ colours)  # paler towards white, and mixed where classes compete
+    ax.imshow(shade.reshape(grid, grid, 3), origin="lower", extent=(low[0], high[0], low[1], high[1]), aspect="auto")
+    if probs.shape[1] > 1:
+        ax.contour(*axes, probs.argmax(1).reshape(grid, grid), np.arange(probs.shape[1] - 1) + 0.5, colors=INK, linewidths=0.8)
+    for k in range(probs.shape[1]):
+        part = points[labels == k]
+        ax.scatter(
+            part[:, 0], part[:, 1], s=14, color=colours[k], marker=MARKERS[k % len(MARKERS)], edgecolor="white", linewidth=0.4,
+            label=f"class {k}",
+        )  # fmt: skip
+    ax.grid(False)
+    _legend(ax)
+    _label(ax, names[0], names[1], f"predicted classes, and {len(points)} data")
+    return figure
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)
 
 
 def save(fig: Figure, path: str | Path, *, dpi: int = 150) -> Path:

@@ -1,8 +1,20 @@
 """Evaluation: likelihoods and their bounds, posterior and predictive draws, in bounded memory, with keyed noise."""
 
-from . import divergences, ood
+from . import calibration, divergences, ood
 from .annealing import AIS, Sandwich, anneal
+from .calibration import Calibration
 from .compare import Comparison, Difference
 from .likelihood import importance_bound
 
-__all__ = ["AIS", "Comparison", "Difference", "Sandwich", "anneal", "divergences", "importance_bound", "ood"]
+__all__ = [
+    "AIS",
+    "Calibration",
+    "Comparison",
+    "Difference",
+    "Sandwich",
+    "anneal",
+    "calibration",
+    "divergences",
+    "importance_bound",
+    "ood",
+]

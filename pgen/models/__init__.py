@@ -3,6 +3,7 @@
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .causal_transformer import CausalTransformer
+from .classifier import GenerativeClassifier
 from .gaussian import Gaussian
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
@@ -23,6 +24,7 @@ __all__ = [
     "KernelDensity",
     "Mixture",
     "MixtureOf",
+    "GenerativeClassifier",
     "ProbabilisticPCA",
     "WaveNet",
 ]
