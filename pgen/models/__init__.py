@@ -21,10 +21,10 @@ __all__ = [
     "FactorAnalysis",
     "Gaussian",
     "GaussianMixture",
+    "GenerativeClassifier",
     "KernelDensity",
     "Mixture",
     "MixtureOf",
-    "GenerativeClassifier",
     "ProbabilisticPCA",
     "WaveNet",
 ]
