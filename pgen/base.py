@@ -545,6 +545,8 @@ class GenerativeModel(_Questions, PyroModule):
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
     has_density: ClassVar[bool] = True
     """Whether there is a ``log_prob`` at all."""
+    real_likelihood: ClassVar[str] = "gaussian"
+    """The likelihood that ``suggest`` takes for real data."""
     unit_rows: ClassVar[int] = UNIT_ROWS
     """Most rows that ``log_prob`` evaluates at a time. A family whose distribution bounds its own memory takes more, and its
     program is then run as written unless a tier is asked for."""
@@ -616,7 +618,7 @@ class GenerativeModel(_Questions, PyroModule):
         whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
         top = max(int(x.max()), 1) + 1 if whole else 0
         discrete = "likelihood" in accepted or "num_classes" in accepted
-        likelihood = given.get("likelihood", ("bernoulli" if top == 2 else "categorical") if whole else "gaussian")
+        likelihood = given.get("likelihood", ("bernoulli" if top == 2 else "categorical") if whole else cls.real_likelihood)
         if "likelihood" in accepted:
             found["likelihood"] = likelihood
         if "num_classes" in accepted and (likelihood in LEVELS or ("likelihood" not in accepted and whole)):

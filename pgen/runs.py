@@ -195,14 +195,17 @@ class Subject:
     def of_parts(cls, parts: Parts, name: str, settings: dict[str, Any], seed: int) -> Subject:
         """A family for data that are held out already."""
         family, prepared = pgen.models.REGISTRY[name], dict(parts.prepared)
-        if parts.likelihood:
-            settings = {"likelihood": parts.likelihood, **settings}
+        if parts.asked:
+            settings = {"likelihood": parts.asked, **settings}
         found = {**family.suggest(torch.cat(parts.x), settings), **settings}
         if "levels" in prepared and "num_classes" in found:
             found["num_classes"] = settings.get("num_classes", prepared["levels"])
         accepted, make = inspect.signature(family).parameters, cast(Any, family)
-        given = {option: value for option, value in found.items() if option in accepted}
-        model = make(tuple(parts.x[0].shape[1:]), **given, seed=seed)
+        given = {option: value for option, value in {**found, "seed": seed}.items() if option in accepted}
+        needed = [key for key, p in accepted.items() if p.default is p.empty and key not in ("event_shape", *given)]
+        if needed:
+            raise ValueError(f"{name} needs a value of {needed[0]!r}: add --set {needed[0]}=...")
+        model = make(tuple(parts.x[0].shape[1:]), **given)
         prepared |= _preprocessed(model.preprocess)
         data = {**_about(parts.source, parts.loaded), "validation": len(parts.x[1]), "prepared": prepared, "given": "whole"}
         about = {"model": {"family": name, "settings": model.settings()}, "data": data}
@@ -230,23 +233,23 @@ class Parts:
         source: Where they come from.
         loaded: The part that is fitted, as it was read.
         x: The parts, prepared: to fit, to validate on, and to test on where that was asked for.
-        likelihood: Bernoulli, categorical, Gaussian or another; empty for a family without a density.
-        prepared: What was done to the data for its sake.
+        prepared: What was done to the data for the sake of a likelihood.
+        asked: The likelihood, where the user said which.
     """
 
     source: str
     loaded: Loaded
     x: list[Tensor]
-    likelihood: str
     prepared: dict[str, Any]
+    asked: str | None = None
 
     @classmethod
     def of(cls, source: str, likelihood: str | None, seed: int, *, test: bool, density: bool = True) -> Parts:
         """The parts of ``source``: its own split where it has one, else drawn by the seed."""
         loaded = _held_out(source, seed, test=test)
         given = [cast(Tensor, part.data) for part in loaded]
-        seen, prepared = _observation(torch.cat(given), likelihood) if density else ("", {})
-        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], seen, prepared)
+        prepared = _observation(torch.cat(given), likelihood)[1] if density else {}
+        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], prepared, likelihood)
 
 
 def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +260,8 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     family = pgen.models.REGISTRY[name]
     accepted = inspect.signature(family).parameters
+    if "event_shape" not in accepted:
+        raise ValueError(f"{name} is made of other models, which the command line cannot name; use pgen.models in Python")
     known = [key for key in accepted if key not in ("event_shape", "preprocess", "seed")]
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():

@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import os
@@ -266,6 +267,29 @@ def test_fitted_runs_are_compared_on_data_that_both_see_alike(table, capsys):
     assert [row["model"] for row in got["models"]] == got["best"] + ["flat"] == ["full", "flat"]
     # What independence throws away: minus half the log of 1 - rho^2, with rho^2 = 1 / 1.01.
     assert got["pairs"][0]["difference"] == pytest.approx(-0.5 * math.log(1 - 1 / 1.01), abs=0.15)
+
+
+KINDS = {"real": "density", "counts": "mass", "bits": "mass"}
+FAMILIES = [name for name, family in pgen.models.REGISTRY.items() if family.has_density and "event_shape" in
+            inspect.signature(family).parameters and "tests" not in family.__module__]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_finds_its_settings_in_the_data(name):
+    """Real numbers get a density and whole numbers a mass, so that families can be compared."""
+    shape = (4, 4) if name.startswith("pixel") else (4,)
+    x = 2 * torch.randn(30, *shape, generator=torch.Generator().manual_seed(0))
+    for kind, data in (("real", x), ("counts", x.round().clamp(-3, 3) + 3), ("bits", (x > 0).float())):
+        model = pgen.models.REGISTRY[name].for_data(data, seed=1)
+        model.fit(data, **({} if model.solvable else {"steps": 1, "compile": "eager", "progress": False}))
+        score = model.log_prob(data[:5], num_samples=2)
+        assert score.measure == KINDS[kind] and score.event_size == x[0].numel()
+        assert bool(torch.isfinite(score.value).all())
+
+
+def test_models_made_of_others_say_so(table, capsys):
+    assert cli.run(["compare", "t.csv", "--models", "mixture_of"]) == 2
+    assert "mixture_of is made of other models" in capsys.readouterr().err
 
 
 def test_pixels_are_seen_alike_by_densities_and_masses(tmp_path, monkeypatch, capsys):

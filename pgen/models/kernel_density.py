@@ -131,6 +131,15 @@ class KernelDensity(GenerativeModel):
         if given is not None:
             self._set_scale(given)
 
+    @classmethod
+    def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every family, but whole numbers get kernels of their own: categories where there are two, else ordered."""
+        found = super().suggest(x, given)
+        if found.get("preprocess") is None or found["preprocess"].kind == "exact":
+            return found
+        levels = max(int(x.max()), 1) + 1
+        return {"features": [("categorical" if levels == 2 else "ordered", levels)] * math.prod(x.shape[1:])}
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
         bandwidth = self.rule if self.given is None else self.given.tolist()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -80,6 +80,11 @@ class _Linear(GenerativeModel):
     @abstractmethod
     def _solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """W ``(D, q)`` and the variances of the noise that maximise the likelihood of a covariance (divided by N)."""
+
+    @classmethod
+    def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every family, and a latent for every second number of a datum, at most ten."""
+        return {"latent_dim": max(1, min(10, math.prod(x.shape[1:]) // 2)), **super().suggest(x, given)}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

@@ -73,6 +73,7 @@ class MADE(GenerativeModel):
     """
 
     family = "made"
+    real_likelihood = "gaussian_mixture"
     stepwise = True
     orders: Tensor
     shift: Tensor
