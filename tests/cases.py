@@ -163,6 +163,11 @@ def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
     return lambda seed: VAE(EVENT, LATENT, (6,), likelihood=likelihood, seed=seed, **options)
 
 
+def flow(transform: str, **options: Any) -> Callable[[int], models.Flow]:
+    """Makes a tiny flow."""
+    return lambda seed: models.Flow(EVENT, transform, hidden=(5,), bins=3, **{"transforms": 1, "seed": seed, **options})
+
+
 CASES: dict[str, Case] = {
     "vae_bernoulli": Case(vae("bernoulli"), _BITS),
     "vae_bernoulli_context": Case(vae("bernoulli", context_dim=CONTEXT), _BITS, _CONTEXT),
@@ -187,6 +192,16 @@ CASES: dict[str, Case] = {
     "kde_context": exact(lambda seed: models.KernelDensity(EVENT, context_dim=CONTEXT), _REALS, _CONTEXT),
     "kde_discrete": exact(
         lambda seed: models.KernelDensity(EVENT, features=[("categorical", 2), ("ordered", 2)] * 3), _BITS, values=2
+    ),
+    "flow_affine_autoregressive": exact(flow("affine_autoregressive"), _REALS),
+    "flow_spline_autoregressive": exact(flow("spline_autoregressive"), _REALS),
+    "flow_neural_autoregressive": exact(flow("neural_autoregressive"), _REALS),
+    "flow_affine_coupling": exact(flow("affine_coupling"), _REALS),
+    "flow_spline_coupling_context": exact(flow("spline_coupling", context_dim=CONTEXT), _REALS, _CONTEXT),
+    "flow_continuous_context": exact(flow("continuous", context_dim=CONTEXT), _REALS, _CONTEXT),
+    "flow_mixture_base": exact(flow("neural_coupling", components=3, permutation="random"), _REALS),
+    "flow_dequantized": exact(
+        flow("spline_autoregressive", dropout=0.1, preprocess=Dequantize(CLASSES)), _CLASSES.float(), kind="lower_bound"
     ),
     "gaussian_full": exact(lambda seed: models.Gaussian(EVENT, seed=seed), _REALS),
     "gaussian_diagonal": exact(lambda seed: models.Gaussian(EVENT, "diagonal", preprocess=Standardize(), seed=seed), _REALS),

@@ -7,14 +7,14 @@ the density of a draw is read off that pass: :math:`\log q(z) = \log \mathcal{N}
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+from ..distributions.flows import validation_flag_kept
 
 __all__ = ["Transported", "autoregressive_flow"]
 
@@ -125,7 +125,7 @@ def autoregressive_flow(
         context: Size of the vector that the flow is conditioned on; 0 for none.
         spline: Rational-quadratic splines (Durkan et al. 2019, arXiv:1906.04032) instead of affine maps.
     """
-    with _validation_flag_kept():
+    with validation_flag_kept():
         import zuko
     kind = zuko.flows.NSF if spline else zuko.flows.MAF
     with torch.device("cpu"):  # its masks are computed from values, which a meta tensor has not
@@ -141,13 +141,3 @@ def _last_layer(transform: nn.Module) -> list[Tensor]:
     """The parameters that make a transform: outputs of its network, or its own where it has none."""
     layers = [m for m in transform.modules() if isinstance(m, nn.Linear)]
     return list(layers[-1].parameters()) if layers else list(transform.parameters())
-
-
-@contextmanager
-def _validation_flag_kept() -> Iterator[None]:
-    """Importing zuko turns torch's argument validation off for everyone; keep what the caller had."""
-    before = torch.distributions.Distribution._validate_args  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(bool(before))

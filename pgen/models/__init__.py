@@ -4,6 +4,7 @@ from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
+from .flow import Flow
 from .gaussian import Gaussian
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
@@ -19,6 +20,7 @@ __all__ = [
     "Autoencoder",
     "CausalTransformer",
     "FactorAnalysis",
+    "Flow",
     "Gaussian",
     "GaussianMixture",
     "GenerativeClassifier",

@@ -17,6 +17,7 @@ _NAMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": np.ones_like,
     "linear": lambda t: 1.0 - t,
     "cosine": lambda t: 0.5 * (1.0 + np.cos(np.pi * t)),
+    "warmup_cosine": lambda t: np.minimum(1.0, 0.01 + 20.0 * t) * 0.5 * (1.0 + np.cos(np.pi * t)),
     "decay": lambda t: 0.01**t,
 }
 
@@ -49,7 +50,8 @@ def multiplier(schedule: Schedule, lr: float, total: int) -> Callable[[np.ndarra
     """The factor of the learning rate as a function of steps (from 0).
 
     Args:
-        schedule: None or ``"constant"``, ``"linear"`` (to 0), ``"cosine"`` (to 0), ``"decay"`` (exponential, to 1 %), a
+        schedule: None or ``"constant"``, ``"linear"`` (to 0), ``"cosine"`` (to 0),
+            ``"warmup_cosine"`` (the same after a rise over the first twentieth), ``"decay"`` (exponential, to 1 %), a
             function of the step, or a ``TorchSchedule``.
         lr: The base rate.
         total: Steps in all.
