@@ -16,7 +16,7 @@ from pgen.objectives import ELBO
 
 cases = pytest.mark.parametrize("name", CASES)
 scored = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind])
-sampled = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "lower_bound"])
+sampled = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "lower_bound" and case.latents])
 exact = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "exact"])
 
 
@@ -114,7 +114,7 @@ def test_log_prob_is_one_finite_number_a_datum(name):
     assert score.kind == case.kind
     assert score.value.shape == (len(case.x),) and score.value.dtype == torch.float64
     assert bool(torch.isfinite(score.value).all())
-    if case.kind == "lower_bound":
+    if case.kind == "lower_bound" and case.latents:
         assert score.num_samples == 7 and bool((score.mc_error >= 0).all())
     else:
         assert score.num_samples is None and score.mc_error is None
