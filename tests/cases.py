@@ -141,6 +141,7 @@ def _draws(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 _BITS = _draws(lambda: torch.bernoulli(torch.rand(ROWS, *EVENT)))
+_COLOURS = _draws(lambda: torch.bernoulli(torch.rand(ROWS, 2, 2, 2)))
 _CLASSES = _draws(lambda: torch.randint(0, CLASSES, (ROWS, *EVENT)))
 _REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
 _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
@@ -226,6 +227,34 @@ CASES: dict[str, Case] = {
             EVENT, (15,), likelihood="discretized_logistic_mixture", num_classes=3, components=2, seed=seed
         ),
         _CLASSES % 3,
+        values=3,
+    ),
+    "pixel_cnn": exact(lambda seed: models.PixelCNN(EVENT, 6, 2, first_kernel=3, head=5, seed=seed), _BITS, values=2),
+    "pixel_cnn_categorical_context": exact(
+        lambda seed: models.PixelCNN(
+            EVENT, 6, 1, head=5, likelihood="categorical", num_classes=3, context_dim=CONTEXT, dropout=0.1, seed=seed
+        ),
+        _CLASSES % 3,
+        _CONTEXT,
+        values=3,
+    ),
+    "pixel_cnn_levels": exact(
+        lambda seed: models.PixelCNN(
+            EVENT, 6, 1, head=5, likelihood="discretized_logistic_mixture", num_classes=3, components=2, seed=seed
+        ),
+        _CLASSES % 3,
+        values=3,
+    ),
+    "pixel_cnn_colours": exact(
+        lambda seed: models.PixelCNN((2, 2, 2), 6, 1, first_kernel=3, head=5, seed=seed), _COLOURS, values=2
+    ),
+    "pixel_rnn": exact(lambda seed: models.PixelRNN(EVENT, 6, 2, first_kernel=3, head=5, seed=seed), _BITS, values=2),
+    "pixel_rnn_categorical_context": exact(
+        lambda seed: models.PixelRNN(
+            EVENT, 6, 1, head=5, likelihood="categorical", num_classes=3, context_dim=CONTEXT, dropout=0.1, seed=seed
+        ),
+        _CLASSES % 3,
+        _CONTEXT,
         values=3,
     ),
     "made_mixed": exact(

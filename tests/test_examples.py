@@ -105,3 +105,10 @@ def test_sequences_learns_to_add(capsys):
     bits, right = example("sequences").main(steps=150, progress=False)
     assert 1.1 < bits < 2.5 and 0 <= right <= 1
     assert "after 3+4= comes" in capsys.readouterr().out
+
+
+def test_pixels_draws_finishes_and_fills_in(tmp_path, capsys):
+    files = example("pixels").main(tmp_path, epochs=1, channels=6, progress=False)
+    assert [path.name for path in files] == ["pixels.png"] and files[0].stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "exact" in said and "independent pixels: -2" in said and said.count("0.") >= 8

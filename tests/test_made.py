@@ -110,6 +110,37 @@ def test_cached_samples_are_those_of_whole_passes():
     assert 0 < float(x.mean()) < 1
 
 
+STATES = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6).reshape(-1, 2, 3).double()
+
+
+def test_missing_columns_are_drawn_from_the_conditional_of_an_order():
+    alike = torch.cat([BITS[:, :1], BITS[:, :1]], 1)  # two rows that are equal, so that each tells the other
+    made = fitted(torch.where(torch.rand(40, 2, 3, generator=torch.Generator().manual_seed(1)) < 0.1, 1 - alike, alike),
+                  order=[3, 4, 5, 0, 1, 2], num_orders=2)  # fmt: skip
+    nan = float("nan")
+    given = torch.tensor([[nan, nan, nan], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    log_prob = made.one(0).log_prob(STATES).value  # in whose order the second row comes first: exact with one particle
+    fits = (STATES[:, 1] == given[1]).all(1)
+    expected = (log_prob[fits] - log_prob[fits].logsumexp(0)).exp()
+    drawn = made.infill(given.expand(3000, 2, 3), num_particles=1, seed=1)
+    counts = torch.stack([(drawn == row).flatten(1).all(1).double().mean() for row in STATES[fits]])
+    assert float(counts.sum()) == pytest.approx(1) and float(expected.max()) > 0.3
+    assert bool(((counts - expected).abs() < 4.5 * (expected * (1 - expected) / 3000).sqrt() + 1e-9).all())
+    first = made.next(torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64), number=0)
+    share = expected[STATES[fits][:, 0, 0] == 1].sum()
+    torch.testing.assert_close(first.probs[0], share)
+
+
+def test_conditionals_of_real_columns_are_in_their_units():
+    x = 50 + 10 * torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
+    made = fitted(x, likelihood="gaussian_mixture", components=2)
+    x = x.double()
+    total = made.next(x[:, :0]).log_prob(x[:, 0]) + made.next(x[:, :1]).log_prob(x[:, 1])
+    torch.testing.assert_close(total, made.log_prob(x).value)
+    with pytest.raises(ValueError, match=r"`prefix` should have shape \(N, t\) with t below 2, got \(60, 2\)"):
+        made.next(x)
+
+
 def test_tiers_draw_and_score_the_same():
     made = fitted(BITS, num_orders=2)
     drawn = [made.sample(5, seed=1, compile=tier) for tier in ("eager", "graph")]

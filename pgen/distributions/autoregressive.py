@@ -215,6 +215,37 @@ class Autoregressive(TorchDistribution):
         kept = self._sequence(observed).reshape(len(rows), self.positions, -1).all(-1)
         return self._drawn(shape, rows, kept)
 
+    def infill(self, x: Tensor, observed: Tensor, num_particles: int) -> Tensor:
+        """Draw what is not ``observed`` of x, approximately from its conditional distribution given all that is.
+
+        A particle filter: positions are drawn one after another, the observed ones weigh the particles of a datum by their
+        probability, and particles are resampled where the weights have become uneven. Exact as particles grow many.
+
+        Args:
+            x: ``(N, *event_shape)``.
+            observed: Of the same shape; a position counts as observed where all its numbers are.
+            num_particles: For each datum.
+        """
+        count, size = len(x), num_particles
+        rows = self._sequence(x).reshape(count, self.positions, *self.element).repeat_interleave(size, 0)
+        kept = self._sequence(observed).reshape(count, self.positions, -1).all(-1).repeat_interleave(size, 0)
+        where = self._context(torch.Size([count]))
+        state = self.network.start(count * size, None if where is None else where.repeat_interleave(size, 0))
+        found, weight = rows.clone(), rows.new_zeros(count, size)
+        previous = torch.zeros_like(rows[:, 0])
+        for i, t in enumerate(torch.arange(self.positions, device=x.device)):
+            outputs, after = self.network.step(state, t, previous)
+            seen = kept[:, i]
+            drawn = self.observation.draw(outputs, t).to(rows.dtype)
+            found[:, i] = torch.where(seen.reshape(-1, *[1] * len(self.element)), rows[:, i], drawn)
+            said = self.observation.at(outputs, t).log_prob(rows[:, i])
+            weight = weight + torch.where(seen, said, torch.zeros_like(said)).reshape(count, size)
+            parents, weight = _resampled(weight)
+            found, previous = found[parents], found[parents, i]
+            state = [tensor[parents] for tensor in after]
+        last = torch.distributions.Categorical(logits=weight).sample()
+        return self._event(found[torch.arange(count, device=x.device) * size + last])
+
     def _drawn(self, shape: torch.Size, given: Tensor | None, observed: Tensor | None) -> Tensor:
         rows, T = math.prod(shape), self.positions
         with torch.no_grad():
@@ -246,3 +277,16 @@ class Autoregressive(TorchDistribution):
 
 def _nothing(prefix: Tensor) -> Tensor:
     return prefix.new_zeros((len(prefix), 1, *prefix.shape[2:]))
+
+
+def _resampled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Parents of particles ``(N * P,)`` and their log-weights ``(N, P)``: the same where weights are even, else drawn anew."""
+    count, size = weight.shape
+    share = weight.softmax(1)
+    uneven = share.square().sum(1, keepdim=True) * size > 2  # an effective size below one half
+    # Systematic: one uniform number places P evenly spaced points among the cumulated shares.
+    points = (torch.arange(size, device=weight.device) + torch.rand(count, 1, device=weight.device).to(weight)) / size
+    drawn = torch.searchsorted(share.cumsum(1), points.to(share)).clamp(max=size - 1)
+    own = torch.arange(size, device=weight.device).expand(count, -1)
+    first = size * torch.arange(count, device=weight.device).unsqueeze(1)
+    return (first + torch.where(uneven, drawn, own)).reshape(-1), torch.where(uneven, torch.zeros_like(weight), weight)

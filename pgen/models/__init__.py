@@ -10,6 +10,8 @@ from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
 from .mixture import GaussianMixture, Mixture, MixtureOf
+from .pixel_cnn import PixelCNN
+from .pixel_rnn import PixelRNN
 from .vae import VAE
 from .wavenet import WaveNet
 
@@ -27,6 +29,8 @@ __all__ = [
     "KernelDensity",
     "Mixture",
     "MixtureOf",
+    "PixelCNN",
+    "PixelRNN",
     "ProbabilisticPCA",
     "WaveNet",
 ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -26,13 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..base import GenerativeModel
-from ..contracts import Batch, Seed, check_choice, check_positive
+from ..base import SAMPLE_ROWS, GenerativeModel, _evaluating
+from ..contracts import Batch, Seed, check_choice, check_event_shape, check_positive
 from ..data.transforms import Transform
 from ..distributions.autoregressive import Autoregressive
 from ..distributions.columns import Columns, Kind
 from ..distributions.observation import OBSERVATIONS, Observation
+from ..evaluation.posterior import by_rows
 from ..nn import ACTIVATIONS, MaskedMLP
+from ..programs import check_support, isolated
 
 __all__ = ["MADE"]
 
@@ -149,6 +151,67 @@ class MADE(GenerativeModel):
         single.orders = self.orders[number : number + 1].clone()
         return single
 
+    def next(self, prefix: Any, context: Any = None, *, number: int = 0) -> Any:
+        """The distribution of the next column of an order, given the columns before it.
+
+        Args:
+            prefix: The first t columns of the order, in its order, ``(N, t)``, t less than D.
+            context: One for each, or one for all.
+            number: Of the order, 0, ..., K - 1.
+
+        Returns:
+            A distribution of batch shape ``(N,)`` over column ``made.orders[number, t]``, in the units of the data.
+        """
+        order, given = self.orders[number], self._like(torch.as_tensor(prefix))
+        if given.dim() != 2 or given.shape[1] >= len(order):
+            raise ValueError(f"`prefix` should have shape (N, t) with t below {len(order)}, got {tuple(given.shape)}")
+        column, known = int(order[given.shape[1]]), order[: given.shape[1]]
+        x = given.new_zeros(len(given), len(order)).index_copy(1, known, given)
+        where = self._told(context, len(x))
+        with torch.no_grad(), _evaluating(self):
+            y, which = (x - self.shift) / self.scale, self.columns.which(x.device)
+            outputs = self.network(self.columns.encode(y, which), order.argsort(), where)
+            fn = self.columns.distribution(outputs[:, column], which[column])
+        if not self.real[column]:
+            return fn
+        return dist.TransformedDistribution(fn, dist.transforms.AffineTransform(self.shift[column], self.scale[column]))
+
+    def infill(self, x: Any, context: Any = None, *, num_particles: int = 64, seed: Seed = 0, progress: bool = True) -> Tensor:
+        """Draw missing columns given the others, each datum under the order that puts most of its known columns first.
+
+        Exact draws from p_k(missing | known) where all known columns come first in some order k; else a particle filter, which
+        weighs what was drawn by the probability of the known columns that come later: approximate, and better with more
+        particles. Of several orders it is the conditional distribution of that one, not of their mixture.
+
+        Args:
+            x: Data ``(N, *event_shape)``, NaN where a number is missing.
+            context: One for each, or one for all.
+            num_particles: For each datum.
+            seed: Keys the draws.
+            progress: Whether to show a bar on what takes more than two seconds.
+
+        Returns:
+            One draw for each datum, ``(N, *event_shape)``.
+        """
+        check_positive("num_particles", num_particles)
+        x, count = torch.as_tensor(x), int(num_particles)
+        check_event_shape("x", x, self.event_shape)
+        batch = {"x": self._like(torch.where(x.isnan(), torch.zeros_like(x), x)), "observed": ~x.isnan()}
+        check_support("`x`", self.distribution(), batch["x"])
+        where = self._told(context, len(x))
+        batch = batch if where is None else {**batch, "context": where}
+
+        def drawn(rows: Batch) -> Tensor:
+            own = dict(cast(dict[str, Tensor], rows))
+            return self.distribution(own.pop("context", None)).infill(**own, num_particles=count)
+
+        options = {**self._asked(seed, "eager", progress)}
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            return by_rows(drawn, batch, max(1, SAMPLE_ROWS // count), name="infill", **options)
+
+    def _told(self, context: Any, rows: int) -> Tensor | None:
+        return None if context is None and not self.context_dim else self._like(self._context(context, rows))
+
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """p(x | c); while it is trained, p_k(x | c) of an order k drawn at random."""
         orders = self.orders
@@ -157,7 +220,7 @@ class MADE(GenerativeModel):
         with self.plate(x, context):
             return pyro.sample("x", self.distribution(context, orders), obs=x)
 
-    def distribution(self, context: Tensor | None = None, orders: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(self, context: Tensor | None = None, orders: Tensor | None = None) -> _MixtureOfOrders:
         """The mixture over some of the orders ``(K, D)``, all by default."""
         return _MixtureOfOrders(self, self.orders if orders is None else orders, context)
 
@@ -202,14 +265,32 @@ class _MixtureOfOrders(dist.TorchDistribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw an order for each datum, then its columns one after another."""
-        made, shape = self.made, torch.Size(sample_shape) + self.batch_shape
-        rows, size = math.prod(shape), self.orders.shape[1]
-        chosen = (torch.rand(rows, device=self.orders.device) * len(self.orders)).long()
-        ranks, context = self.orders.argsort(-1)[chosen], self._rows(shape)
-        told = ranks.to(made.scale) if context is None else torch.cat([ranks.to(context), context], -1)
-        drawn = Autoregressive(made.places, made.places.observation, (size,), context=told).sample()
+        shape = torch.Size(sample_shape) + self.batch_shape
+        chosen = (torch.rand(math.prod(shape), device=self.orders.device) * len(self.orders)).long()
+        ranks, fn = self._generation(chosen, self._rows(shape))
+        return self._columns(fn.sample(), ranks).reshape(*shape, *self.event_shape)
+
+    def infill(self, x: Tensor, observed: Tensor, num_particles: int) -> Tensor:
+        """Draw what is not observed of x, both ``(N, *event_shape)``: see ``MADE.infill``."""
+        y, seen = (x.flatten(1) - self.made.shift) / self.made.scale, observed.flatten(1)
+        there = seen[:, self.orders]  # (N, K, D), by rank
+        gaps = ((~there).cumsum(-1) * there).sum(-1)  # missing columns before known ones
+        chosen = gaps.argmin(1)
+        ranks, fn = self._generation(chosen, self._rows(x.shape[:1]))
+        order = self.orders[chosen]
+        found = fn.infill(y.gather(1, order), seen.gather(1, order), num_particles)
+        return torch.where(observed, x, self._columns(found, ranks).reshape(x.shape))
+
+    def _generation(self, chosen: Tensor, context: Tensor | None) -> tuple[Tensor, Autoregressive]:
+        """Ranks of the columns, and the distribution of the columns by rank, of data in the orders ``chosen``."""
+        ranks, places = self.orders.argsort(-1)[chosen], self.made.places
+        told = ranks.to(self.made.scale) if context is None else torch.cat([ranks.to(context), context], -1)
+        return ranks, Autoregressive(places, places.observation, self.orders.shape[1:], context=told)
+
+    def _columns(self, drawn: Tensor, ranks: Tensor) -> Tensor:
+        """From columns by rank, standardised, to columns in their places and units."""
         x = drawn.gather(-1, ranks)
-        return (x * made.scale + made.shift if any(made.real) else x).reshape(*shape, *self.event_shape)
+        return x * self.made.scale + self.made.shift if any(self.made.real) else x
 
 
 class _Places:
