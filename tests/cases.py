@@ -312,6 +312,11 @@ CASES: dict[str, Case] = {
     "mixture_of": exact(
         lambda seed: models.MixtureOf([models.Gaussian(EVENT), models.GaussianMixture(EVENT, 2, seed=seed)], seed=seed), _REALS
     ),
+    "maximum_entropy_finite": exact(
+        lambda seed: models.MaximumEntropy(EVENT, ["x", "x^2"], values=range(3)), (_CLASSES % 3).float(), values=3
+    ),
+    "maximum_entropy_line": exact(lambda seed: models.MaximumEntropy((1,), ["x", "x^2", "cos x"]), _REALS[:, 0, :1]),
+    "maximum_entropy_plane": exact(lambda seed: models.MaximumEntropy((2,), ["x", "pairs", "x^2"]), _REALS[:, 0, :2]),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

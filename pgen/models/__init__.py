@@ -9,6 +9,7 @@ from .gaussian import Gaussian
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
+from .maximum_entropy import MaximumEntropy
 from .mixture import GaussianMixture, Mixture, MixtureOf
 from .pixel_cnn import PixelCNN
 from .pixel_rnn import PixelRNN
@@ -27,6 +28,7 @@ __all__ = [
     "GaussianMixture",
     "GenerativeClassifier",
     "KernelDensity",
+    "MaximumEntropy",
     "Mixture",
     "MixtureOf",
     "PixelCNN",
