@@ -36,7 +36,7 @@ class CausalTransformer(SequenceModel):
     Args:
         event_shape: ``(T,)``, or ``(T, F)`` with F numbers at each position. T is the most that it looks back at.
         likelihood: Of one symbol: ``"categorical"``, ``"bernoulli"``, ``"discretized_logistic_mixture"``, ``"gaussian"`` or
-            ``"gaussian_mixture"``.
+            ``"gaussian_mixture"`` (real numbers of order one: standardise them).
         num_classes: Values of a symbol, where they are finitely many.
         components: Of a mixture.
         width: Of the residual stream.
@@ -92,7 +92,7 @@ class CausalTransformer(SequenceModel):
         return self.network.bias
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        return Adam(1e-3, betas=(0.9, 0.99), weight_decay=0.1), recipe(settings)
+        return Adam(2e-3, betas=(0.9, 0.99), weight_decay=0.1), recipe(settings, self.event_shape[0])
 
 
 class _Network(nn.Module):

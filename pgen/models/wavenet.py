@@ -34,7 +34,7 @@ class WaveNet(SequenceModel):
     Args:
         event_shape: ``(T,)``, or ``(T, F)`` with F numbers at each position.
         likelihood: Of one symbol: ``"categorical"`` (audio: ``pgen.data.mu_law``), ``"discretized_logistic_mixture"``,
-            ``"bernoulli"``, ``"gaussian"`` or ``"gaussian_mixture"``.
+            ``"bernoulli"``, ``"gaussian"`` or ``"gaussian_mixture"`` (real numbers of order one: standardise them).
         num_classes: Values of a symbol, where they are finitely many.
         components: Of a mixture.
         channels: Of the residual stream and of the gates.
@@ -103,7 +103,7 @@ class WaveNet(SequenceModel):
         return self.network.last.bias
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        return Adam(3e-3), recipe(settings)
+        return Adam(3e-3), recipe(settings, self.event_shape[0])
 
 
 class _Network(nn.Module):
