@@ -177,10 +177,14 @@ class Autoregressive(TorchDistribution):
             return found
         return torch.where(self._counted(found.device), found, torch.zeros_like(found))
 
+    def _reference(self) -> Tensor:
+        """A number of the network's own precision and device."""
+        parameters = getattr(self.network, "parameters", lambda: iter(()))
+        return next(parameters(), torch.zeros(())).detach()
+
     def _floating(self, rows: Tensor) -> Tensor:
         """As the network takes it: classes as floats of its own precision."""
-        parameters = getattr(self.network, "parameters", lambda: iter(()))
-        return rows if rows.is_floating_point() else rows.to(next(parameters(), torch.zeros(())).dtype)
+        return rows if rows.is_floating_point() else rows.to(self._reference().dtype)
 
     def _counted(self, device: torch.device) -> Tensor:
         """Which positions count, ``(*batch, T)``."""
@@ -250,7 +254,7 @@ class Autoregressive(TorchDistribution):
         rows, T = math.prod(shape), self.positions
         with torch.no_grad():
             state = self.network.start(rows, self._context(shape))
-            reference = next((s for s in state if s.is_floating_point()), torch.zeros(()))
+            reference = self._reference()
             state = [reference.new_zeros((rows, *self.element)), *state]
             if given is None or observed is None:
                 given = reference.new_zeros(()).expand(rows, T, *self.element)
