@@ -112,3 +112,11 @@ def test_pixels_draws_finishes_and_fills_in(tmp_path, capsys):
     assert [path.name for path in files] == ["pixels.png"] and files[0].stat().st_size > 1000
     said = capsys.readouterr().out
     assert "exact" in said and "independent pixels: -2" in said and said.count("0.") >= 8
+
+
+def test_densities_compare_classify_and_detect(tmp_path, capsys):
+    files = example("classify_and_detect").main(tmp_path, points=300)
+    assert [file.stem for file in files] == ["comparison", "decision_boundary", "ood_1", "ood_2", "reliability"]
+    assert all(file.stat().st_size > 1000 for file in files)
+    said = capsys.readouterr().out
+    assert "mixture of 4" in said and "The density alone fails here" in said and "ECE" in said

@@ -58,7 +58,7 @@ class Calibration:
         )
 
 
-def assess(probs: Any, labels: Any, *, bins: int = 15, kind: Kind = "exact") -> Calibration:
+def assess(probs: Any, labels: Any, *, bins: int = 15, kind: Kind = "exact", log_probs: Tensor | None = None) -> Calibration:
     r"""Accuracy, log loss and calibration of predicted probabilities.
 
     .. math:: \mathrm{ECE} = \sum_{b=1}^{B} \frac{n_b}{N} \, |\operatorname{right}_b - \operatorname{confidence}_b|
@@ -70,6 +70,7 @@ def assess(probs: Any, labels: Any, *, bins: int = 15, kind: Kind = "exact") -> 
         labels: True classes 0, ..., K - 1, ``(N,)``.
         bins: B.
         kind: What the probabilities are.
+        log_probs: Their logarithms, where they are at hand: a probability that rounds to zero has an infinite log loss.
 
     References:
         Naeini, Cooper, Hauskrecht (2015), AAAI 29:2901; Guo et al. (2017), On calibration of modern neural networks,
@@ -90,7 +91,8 @@ def assess(probs: Any, labels: Any, *, bins: int = 15, kind: Kind = "exact") -> 
     place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     parts = (torch.ones_like(right), right, confidence)
     counts, hits, sums = (torch.zeros(bins, dtype=torch.float64).scatter_add_(0, place, part) for part in parts)
-    loss = -given.gather(1, y[:, None])[:, 0].log()
+    logs = given.log() if log_probs is None else log_probs.detach().double().cpu()
+    loss = -logs.gather(1, y[:, None])[:, 0]
     accuracy = float(right.mean())
     error = float(loss.std() / math.sqrt(len(loss))) if len(loss) > 1 else math.nan
     return Calibration(

@@ -187,8 +187,11 @@ class GenerativeClassifier(nn.Module):
 
     def predict_proba(self, x: Any, *, num_samples: int = 100, seed: Seed = 0, progress: bool = True) -> Tensor:
         """p(y | x) at the temperature, ``(N, K)``; an estimate where ``log_prob`` of the models is a bound."""
+        return self._log_posterior(x, num_samples, seed, progress).exp()
+
+    def _log_posterior(self, x: Any, num_samples: int = 100, seed: Seed = 0, progress: bool = True) -> Tensor:
         likelihood = self._scores(self._data(x), num_samples, seed, progress)[0]
-        return (self.log_prior.to(likelihood) + likelihood / self.temperature.to(likelihood)).softmax(1)
+        return (self.log_prior.to(likelihood) + likelihood / self.temperature.to(likelihood)).log_softmax(1)
 
     def predict(self, x: Any, **options: Any) -> Tensor:
         """The most probable class of each datum, ``(N,)``."""
@@ -198,7 +201,8 @@ class GenerativeClassifier(nn.Module):
         """Accuracy, log loss and calibration on data with known classes."""
         data, labels = self._checked("y", x, y)
         kind: Kind = "exact" if self.kind(data) == "exact" else "estimate"
-        return assess(self.predict_proba(data, **options), labels, bins=bins, kind=kind)
+        log_probs = self._log_posterior(data, **options)
+        return assess(log_probs.exp(), labels, bins=bins, kind=kind, log_probs=log_probs)
 
     def kind(self, x: Any) -> Kind:
         """What ``log_prob`` is for data like x; p(y | x) is ``exact`` or, where this is a bound, an estimate."""

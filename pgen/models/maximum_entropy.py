@@ -134,6 +134,13 @@ class MaximumEntropy(GenerativeModel):
         for name, value in (("centre", 0.0), ("spread", 1.0)):
             self.register_buffer(name, torch.full((len(self.names),), value))
 
+    @classmethod
+    def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Whole numbers get the finite domain 0, 1, ... up to the highest; real ones the line."""
+        whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
+        real = given.get("likelihood") in ("gaussian", "gaussian_mixture") or "domain" in given
+        return {"values": list(range(max(int(x.max()), 1) + 1))} if whole and not real else {}
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values; functions by their names."""
         plain = [f if isinstance(f, str) else list(f) if isinstance(f, tuple) else _called(f) for f in self.features]
