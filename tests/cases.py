@@ -302,6 +302,13 @@ CASES: dict[str, Case] = {
         _CONTEXT,
         values=2,
     ),
+    "hidden_markov_bernoulli": exact(lambda seed: models.HiddenMarkov(EVENT, 3, "bernoulli", seed=seed), _BITS, values=2),
+    "hidden_markov_categorical": exact(
+        lambda seed: models.HiddenMarkov((6,), 3, num_classes=3, seed=seed), (_CLASSES % 3).flatten(1), values=3
+    ),
+    "hidden_markov_gaussian": exact(
+        lambda seed: models.HiddenMarkov(EVENT, 2, "gaussian", covariance="full", seed=seed), _REALS
+    ),
     "mixture_mixed": exact(
         lambda seed: models.Mixture(
             EVENT, 2, ["bernoulli", "categorical"] * 3, num_classes=[None, 2, None, 2, None, 2], seed=seed

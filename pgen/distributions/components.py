@@ -402,18 +402,19 @@ class CategoricalComponents(Components):
         self.num_classes, self.smoothing, self.shapes = num_classes, smoothing, {"logits": (count, size, num_classes)}
         self.register_buffer("num_data", torch.ones(()))
 
-    def _one_hot(self, x: Tensor) -> Tensor:
-        return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(x.dtype)
+    def _one_hot(self, x: Tensor, like: Tensor) -> Tensor:
+        return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(like.dtype)
 
     def start(self, x: Tensor, weight: Tensor) -> Values:
         """Logarithms of the smoothed frequencies."""
         self.num_data.fill_(len(x))
-        counts = (weight.T @ self._one_hot(x).flatten(1)).unflatten(-1, (self.size, -1)) + max(self.smoothing, 1e-2)
+        counts = (weight.T @ self._one_hot(x, weight).flatten(1)).unflatten(-1, (self.size, -1)) + max(self.smoothing, 1e-2)
         return {"logits": (counts / counts.sum(-1, keepdim=True)).log()}
 
     def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
         """Log-masses, ``(*batch, K)``."""
-        table, seen = arrays["logits"].log_softmax(-1).flatten(-2), self._one_hot(x).flatten(-2)  # (*, K, D C), (*, D C)
+        table = arrays["logits"].log_softmax(-1).flatten(-2)  # (*, K, D C)
+        seen = self._one_hot(x, table).flatten(-2)  # (*, D C)
         inside = (table * seen[..., None, :]).sum(-1) if table.dim() > 2 else seen @ table.mT
         return inside + gradient_alone(self.smoothing / self.num_data * table.sum((-2, -1)))[..., None]
 

@@ -6,6 +6,7 @@ from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
 from .flow import Flow
 from .gaussian import Gaussian
+from .hidden_markov import HiddenMarkov
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
 from .made import MADE
@@ -27,6 +28,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "GenerativeClassifier",
+    "HiddenMarkov",
     "KernelDensity",
     "MaximumEntropy",
     "Mixture",

@@ -19,7 +19,7 @@ from ..distributions.observation import OBSERVATIONS, Categorical, Observation, 
 from ..programs import isolated
 from ..training.fit import Training
 
-__all__ = ["Embedding", "SequenceModel", "recipe", "share"]
+__all__ = ["Embedding", "SequenceModel", "checked_lengths", "recipe", "share"]
 
 PRIMING_ROWS = 100_000
 """Symbols at most from which the marginal of one symbol is taken."""
@@ -85,7 +85,7 @@ class SequenceModel(GenerativeModel):
     def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         found = super()._further(x, given)
         if "lengths" in found:
-            found["lengths"] = _checked_lengths(found["lengths"], self.event_shape[0])
+            found["lengths"] = checked_lengths(found["lengths"], self.event_shape[0])
         return found
 
     def _event_size(self, batch: dict[str, Tensor]) -> float:
@@ -208,7 +208,8 @@ def _symbols(batch: Any) -> Tensor:
     return cast(Tensor, x[torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)])
 
 
-def _checked_lengths(lengths: Tensor, longest: int) -> Tensor:
+def checked_lengths(lengths: Tensor, longest: int) -> Tensor:
+    """Lengths of sequences, whole numbers from 1 to ``longest``."""
     if lengths.dim() != 1:
         raise ValueError(f"`lengths` should be one number a datum, shape (N,), got {tuple(lengths.shape)}")
     bad = (lengths < 1) | (lengths > longest) | (lengths != lengths.floor() if lengths.is_floating_point() else lengths < 1)

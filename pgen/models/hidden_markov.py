@@ -1,0 +1,296 @@
+r"""The hidden Markov model: sequences from a chain of states that nobody sees.
+
+.. math:: p(x_{1:T}) = \sum_{z_{1:T}} \pi_{z_1} p(x_1 \mid z_1) \prod_{t=2}^T A_{z_{t-1} z_t} \, p(x_t \mid z_t)
+
+The forward algorithm sums over all paths exactly, inside the one observed site, so that ``log_prob`` is exact and ``fit``
+climbs the likelihood itself by gradients (there is no Baum-Welch). States start at k-means clusters of frames, transitions at
+how often the clusters follow each other. By default 600 steps of Adam, 64 sequences each, from a rate of 0.05 by a cosine to
+zero.
+
+Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition, Proc. IEEE 77:257.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from ..base import GenerativeModel
+from ..contracts import Batch, NotAvailable, Seed, check_event_shape, check_positive
+from ..data.arrays import as_batch, check_finite
+from ..data.transforms import Transform
+from ..distributions.components import Arrays, BernoulliComponents, CategoricalComponents, gradient_alone, vector_components
+from ..distributions.events import with_event_shape
+from ..distributions.markov import HiddenMarkovChain, emissions, filtered, most_probable, smoothed
+from ..training.fit import Training
+from ..training.optim import Adam
+from .mixture import START_ROWS, memberships
+from .sequence import checked_lengths
+
+__all__ = ["HiddenMarkov"]
+
+
+class HiddenMarkov(GenerativeModel):
+    r"""Hidden Markov model with categorical, Gaussian or binary emissions.
+
+    Shapes: x ``(N, T, *frame)``; ``lengths`` ``(N,)`` where they are unequal: ``{"x": x, "lengths": n}``, see
+    ``pgen.data.pad``. The numbers of a frame are independent given the state, unless Gaussians have a full covariance.
+
+    Args:
+        event_shape: ``(T,)``, or ``(T, *frame)``.
+        num_states: K.
+        likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``, or a list of these, one for each number of a frame.
+        num_classes: Values of categories.
+        covariance: Of Gaussian frames, as in ``GaussianMixture``.
+        smoothing: Counts that the fit adds to each transition, each first state and each value of bits and categories.
+        floor: Of Gaussians, see ``GaussianMixture``.
+        restarts: Runs of k-means, of which the start with the highest likelihood is taken.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
+
+    Example:
+        >>> chain = HiddenMarkov((2,), 2, num_classes=2)
+        >>> chain.place([1.0, 0.0], [[0.5, 0.5], [0.0, 1.0]])
+        >>> chain.arrays.logits.data.copy_(torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])).shape  # each state says its number
+        torch.Size([2, 1, 2])
+        >>> chain.log_prob(torch.tensor([[0.0, 1.0]])).value.exp().round(decimals=3)  # first 0, then a half
+        tensor([0.5000], dtype=torch.float64)
+    """
+
+    family = "hidden_markov"
+    also = ("lengths",)
+    default_batch_size = 64
+    default_steps = 600
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        num_states: int = 8,
+        likelihood: str | Sequence[str] = "categorical",
+        *,
+        num_classes: int | Sequence[int | None] | None = None,
+        covariance: str = "diagonal",
+        smoothing: float = 0.1,
+        floor: float = 1e-4,
+        restarts: int = 2,
+        preprocess: Transform | None = None,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess)
+        check_positive("num_states", num_states)
+        check_positive("restarts", restarts)
+        self.num_states, self.covariance, self.smoothing, self.floor = num_states, covariance, smoothing, floor
+        self.likelihood = likelihood if isinstance(likelihood, str) else list(likelihood)
+        self.num_classes = num_classes if num_classes is None or isinstance(num_classes, int) else list(num_classes)
+        self.restarts = restarts
+        self.components = vector_components(
+            num_states, math.prod(self.event_shape[1:]), self.likelihood, num_classes=self.num_classes,
+            covariance=covariance, floor=floor, smoothing=smoothing,
+        )  # fmt: skip
+        self.num_data: Tensor
+        self.register_buffer("num_data", torch.ones(()))
+        shapes = {"initial": (num_states,), "transition": (num_states, num_states), **self.components.shapes}
+        with self.initial_weights(seed):
+            self.arrays = Arrays(shapes)
+            for name, shape in shapes.items():
+                getattr(self.arrays, name).data.copy_(0.3 * torch.randn(shape))
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        names = ("num_states", "likelihood", "num_classes", "covariance", "smoothing", "floor", "restarts")
+        return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
+
+    # -- the program --------------------------------------------------------------------------------------------------
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """p(x); of sequences with lengths, p(x_1, ..., x_n | n)."""
+        with self.plate(x, context):
+            return pyro.sample("x", self.distribution(lengths), obs=x)
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
+        """The states are summed out."""
+
+    def distribution(self, lengths: Tensor | None = None) -> HiddenMarkovChain:
+        """The distribution of sequences."""
+        arrays = self.arrays(None)
+        return HiddenMarkovChain(*self._chain(), self.components, arrays, self.event_shape, lengths)
+
+    def _chain(self) -> tuple[Tensor, Tensor]:
+        """Probabilities of first states and of transitions, their gradient with the added counts in it."""
+        initial, transition = (getattr(self.arrays, name).log_softmax(-1) for name in ("initial", "transition"))
+        counts = gradient_alone(self.smoothing / self.num_data * (initial.sum() + transition.sum()))
+        return (initial + counts).exp(), transition.exp()
+
+    def initial(self) -> Tensor:
+        r"""Probabilities :math:`\pi` of the first state, ``(K,)``."""
+        with torch.no_grad():
+            return self._chain()[0]
+
+    def transition(self) -> Tensor:
+        """Probabilities A of the next state (columns) given this one (rows), ``(K, K)``."""
+        with torch.no_grad():
+            return self._chain()[1]
+
+    def place(self, initial: Any, transition: Any) -> None:
+        """Set the probabilities of first states ``(K,)`` and of transitions ``(K, K)``; the least is 1e-30."""
+        chain = {"initial": initial, "transition": transition}
+        self.arrays.set({n: torch.as_tensor(p, dtype=torch.float64).clamp(min=1e-30).log() for n, p in chain.items()})
+        self.primed = True
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """As elsewhere; whatever stands behind the end of a sequence becomes zero."""
+        if isinstance(x, dict) and x.get("lengths") is not None and "x" in x:
+            values, lengths = (torch.as_tensor(as_batch(x[name])) for name in ("x", "lengths"))
+            if values.dim() >= 2 and lengths.shape == values.shape[:1]:
+                inside = torch.arange(values.shape[1], device=values.device) < lengths.to(values.device)[:, None]
+                x = {**x, "x": torch.where(_beside(inside, values), values, torch.zeros_like(values))}
+        return super()._checked(argument, x, context, numbers)
+
+    def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
+        found = super()._further(x, given)
+        if "lengths" in found:
+            found["lengths"] = checked_lengths(found["lengths"], self.event_shape[0])
+        return found
+
+    def _event_size(self, batch: dict[str, Tensor]) -> float:
+        if "lengths" not in batch:
+            return super()._event_size(batch)
+        return float(batch["lengths"].double().mean()) * math.prod(self.event_shape[1:])
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        schedule = "cosine" if settings.schedule is None and settings.stop != "converged" else settings.schedule
+        return Adam(0.05, betas=(0.9, 0.99)), replace(settings, schedule=schedule)
+
+    # -- the start ----------------------------------------------------------------------------------------------------
+
+    def prime(self, data: Batch) -> None:
+        """Start at the best of ``restarts`` clusterings of frames."""
+        batch = cast(dict[str, Tensor], self._prepared(data)[0])
+        self.num_data.fill_(len(batch["x"]))
+        rows = torch.randperm(len(batch["x"]), device=batch["x"].device)[: max(1, START_ROWS // self.event_shape[0])]
+        x = batch["x"][rows]
+        inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if "lengths" in batch:
+            inside = torch.arange(x.shape[1], device=x.device) < batch["lengths"][rows][:, None]
+        seeds = torch.randint(2**31 - 1, (self.restarts,)).tolist()
+        with torch.no_grad():
+            seen = self._features(x, inside)
+            tried = [memberships(seen, self.num_states, seed) for seed in seeds]
+            fits = [self._start(x, inside, each) for each in tried]
+            self._start(x, inside, tried[max(range(len(fits)), key=fits.__getitem__)])
+
+    def _features(self, x: Tensor, inside: Tensor) -> Tensor:
+        """What frames are clustered by: themselves, or categories with their neighbours, ``(frames, features)``."""
+        if not isinstance(self.components, CategoricalComponents):
+            return x[inside].flatten(1) if x.dim() > 2 else x[inside][:, None]
+        hot = (x.flatten(2)[..., None] if x.dim() > 2 else x[..., None, None]) == torch.arange(self.components.num_classes).to(
+            x
+        )
+        hot = (hot & inside[..., None, None]).flatten(2).to(x.dtype)
+        nothing = torch.zeros_like(hot[:, :1])
+        return torch.cat([hot, torch.cat([nothing, hot[:, :-1]], 1), torch.cat([hot[:, 1:], nothing], 1)], -1)[inside]
+
+    def _start(self, x: Tensor, inside: Tensor, weight: Tensor) -> float:
+        """Start where each frame belongs to states as ``weight`` (frames, K) says; returns the mean log-density there."""
+        frames = (x.flatten(2) if x.dim() > 2 else x[..., None])[inside].double()
+        values = self.components.start(frames, weight)
+        spread = weight.new_zeros(*inside.shape, self.num_states)
+        spread[inside] = weight
+        initial = spread[:, 0].sum(0) + 1
+        moves = torch.einsum("ntj,ntk->jk", spread[:, :-1], spread[:, 1:]) + 1
+        chain = {"initial": initial / initial.sum(), "transition": moves / moves.sum(-1, keepdim=True)}
+        self.arrays.set({name: p.log() for name, p in chain.items()} | values)
+        return float(self.distribution(inside.sum(1)).log_prob(x).double().mean())
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def states(self, x: Any, lengths: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
+        r"""Posterior probabilities of states, :math:`p(z_t \mid x_{1:n})`, ``(N, T, K)``; zero behind the end of a sequence."""
+
+        def posterior(batch: Batch) -> Tensor:
+            given = cast(dict[str, Tensor], batch)
+            found = smoothed(*self._chain(), self._emissions(given))
+            return torch.where(_inside(given)[..., None], found, torch.zeros_like(found))
+
+        return self._rows(posterior, "states", self._sequences(x, lengths), seed, progress, compile="eager")
+
+    def viterbi(self, x: Any, lengths: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
+        """The most probable path of states as a whole, ``(N, T)``; behind the end of a sequence -1."""
+
+        def path(batch: Batch) -> Tensor:
+            given = cast(dict[str, Tensor], batch)
+            found, _ = most_probable(*self._chain(), self._emissions(given))
+            return torch.where(_inside(given), found, torch.full_like(found, -1))
+
+        return self._rows(path, "viterbi", self._sequences(x, lengths), seed, progress, compile="eager")
+
+    def next(self, prefix: Any) -> Any:
+        """The distribution of the next frame after each prefix.
+
+        Args:
+            prefix: ``(N, t, *frame)``, t from 0.
+
+        Returns:
+            A distribution over one frame, batch shape ``(N,)``: ``.log_prob``, ``.sample``; of single categories ``.probs``.
+        """
+        given = torch.as_tensor(as_batch(prefix))
+        check_event_shape("prefix", given, (*given.shape[1:2], *self.event_shape[1:]))
+        check_finite(given, "prefix")
+        given = self._like(given)
+        with torch.no_grad():
+            initial, transition = self._chain()
+            weights = initial.double().expand(len(given), -1)
+            if given.shape[1]:
+                given = given if self.preprocess is None else self.preprocess(given)
+                reached, _ = filtered(initial, transition, emissions(self.components, self.arrays(None), given, None))
+                weights = reached[:, -1] @ transition.double()
+            return self._frame(weights.to(initial))
+
+    def _frame(self, weights: Tensor) -> Any:
+        """Frames of a state drawn with these probabilities ``(N, K)``."""
+        arrays = self.arrays(None)
+        if len(self.event_shape) == 1 and isinstance(self.components, CategoricalComponents):
+            return dist.Categorical(weights @ arrays["logits"][:, 0].softmax(-1))
+        if len(self.event_shape) == 1 and isinstance(self.components, BernoulliComponents):
+            return dist.Bernoulli(weights @ arrays["logits"][:, 0].sigmoid())
+        each = self.components.distribution(arrays)
+        mixed = dist.MixtureSameFamily(dist.Categorical(weights), each.expand((*weights.shape,)))
+        return with_event_shape(mixed, self.event_shape[1:])
+
+    def _emissions(self, batch: dict[str, Tensor]) -> Tensor:
+        return emissions(self.components, self.arrays(None), batch["x"], batch.get("lengths"))
+
+    def _sequences(self, x: Any, lengths: Any) -> dict[str, Tensor]:
+        if lengths is not None:
+            x = {"x": x, "lengths": lengths}
+        batch = self._batch("x", x)
+        self._check_support(batch)
+        return batch
+
+    def _without_latents(self, question: str) -> NotAvailable:
+        return NotAvailable(
+            f"{type(self).__name__} has no latent variables left for {question}: its states are summed out; ask for "
+            f"states(x), viterbi(x) or log_prob(x)"
+        )
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask ``(N, T)`` with as many axes as x."""
+    return mask.reshape(*mask.shape, *(1,) * (x.dim() - 2))
+
+
+def _inside(batch: dict[str, Tensor]) -> Tensor:
+    """Which positions belong to their sequence, ``(N, T)``."""
+    x = batch["x"]
+    if "lengths" not in batch:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return torch.arange(x.shape[1], device=x.device) < batch["lengths"][:, None]
