@@ -8,6 +8,7 @@ from typing import Any
 from . import data, evaluation, models, objectives, training
 from .base import GenerativeModel, Pair, load
 from .contracts import Draws, NotAvailable, Run, Score
+from .evaluation.choose import Choice, choose
 from .evaluation.compare import compare
 from .models import GenerativeClassifier
 from .multistart import Restarts, multistart
@@ -17,6 +18,7 @@ from .training import Training
 __all__ = [
     "ELBO",
     "IWAE",
+    "Choice",
     "Draws",
     "GenerativeClassifier",
     "GenerativeModel",
@@ -26,6 +28,7 @@ __all__ = [
     "Run",
     "Score",
     "Training",
+    "choose",
     "compare",
     "data",
     "diagnostics",

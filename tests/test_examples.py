@@ -85,6 +85,13 @@ def test_latent_space_draws_three_pictures(tmp_path, capsys):
     assert "as near as real digits, code box" in capsys.readouterr().out
 
 
+def test_mixture_chooses_and_draws(tmp_path, capsys):
+    choice, path = example("mixture").main(tmp_path, n=200, most=2, steps=60, progress=False)
+    assert choice.name == "2" and path.stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "component 0" in said and "the process itself: -4." in said
+
+
 def test_gaps_of_a_lattice_are_known():
     module = example("latent_space")
     codes = module.lattice(21) * 4 - 2  # spacing 0.2 in a box of side 4

@@ -36,6 +36,7 @@ __all__ = [
     "InComponent",
     "Table",
     "gradient_alone",
+    "standardised",
     "vector_components",
 ]
 
@@ -104,6 +105,10 @@ class Components(nn.Module):
             x: Data ``(N, D)``, float64.
             weight: How much of each datum belongs to each component, ``(N, K)``, float64.
         """
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        """What k-means clusters data ``(N, D)`` by, ``(N, features)``: numbers of comparable size."""
         raise NotImplementedError
 
     def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
@@ -188,6 +193,10 @@ class GaussianComponents(Components):
         self.register_buffer("colour", colour)  # its inverse
 
     # -- where it starts ----------------------------------------------------------------------------------------------
+
+    def features(self, x: Tensor) -> Tensor:
+        """Standardised numbers."""
+        return standardised(x)
 
     def start(self, x: Tensor, weight: Tensor) -> Values:
         """Means and covariances of each component's data, to which one datum of the covariance of all data is added."""
@@ -332,6 +341,11 @@ def _weighted_squares(x: Tensor, means: Tensor, weights: Tensor) -> Tensor:
     return found.clamp(min=0).to(x.dtype)
 
 
+def standardised(x: Tensor) -> Tensor:
+    """Each number of ``(N, D)`` with mean 0 and variance 1."""
+    return (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-12)
+
+
 def _check_varies(x: Tensor, variance: Tensor) -> None:
     """Refuse a constant column, on which the density of a Gaussian has no bound."""
     still = variance <= 1e-12 * x.square().mean(0)
@@ -359,6 +373,10 @@ class BernoulliComponents(Components):
         super().__init__(count, size)
         self.smoothing, self.shapes = smoothing, {"logits": (count, size)}
         self.register_buffer("num_data", torch.ones(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The bits."""
+        return x
 
     def start(self, x: Tensor, weight: Tensor) -> Values:
         """Log odds of the smoothed frequencies."""
@@ -404,6 +422,10 @@ class CategoricalComponents(Components):
 
     def _one_hot(self, x: Tensor, like: Tensor) -> Tensor:
         return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(like.dtype)
+
+    def features(self, x: Tensor) -> Tensor:
+        """One-hot categories."""
+        return self._one_hot(x, x).flatten(1)
 
     def start(self, x: Tensor, weight: Tensor) -> Values:
         """Logarithms of the smoothed frequencies."""
@@ -452,6 +474,11 @@ class Columns(Components):
             (part, getattr(self, f"columns_{i}"), {name: arrays[f"{name}_{i}"] for name in part.shapes})  # type: ignore[union-attr]
             for i, part in enumerate(self.parts)
         ]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Of each kind, side by side."""
+        parts = [part.features(x[:, getattr(self, f"columns_{i}")]) for i, part in enumerate(self.parts)]  # type: ignore[operator]
+        return torch.cat(parts, 1)
 
     def start(self, x: Tensor, weight: Tensor) -> Values:
         """Each kind by itself."""

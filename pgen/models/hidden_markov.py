@@ -191,7 +191,7 @@ class HiddenMarkov(GenerativeModel):
     def _features(self, x: Tensor, inside: Tensor) -> Tensor:
         """What frames are clustered by: themselves, or categories with their neighbours, ``(frames, features)``."""
         if not isinstance(self.components, CategoricalComponents):
-            return x[inside].flatten(1) if x.dim() > 2 else x[inside][:, None]
+            return self.components.features((x.flatten(2) if x.dim() > 2 else x[..., None])[inside].double())
         hot = (x.flatten(2)[..., None] if x.dim() > 2 else x[..., None, None]) == torch.arange(self.components.num_classes).to(
             x
         )

@@ -27,7 +27,15 @@ from torch.distributions.constraints import Constraint
 from ..base import FAMILIES, GenerativeModel
 from ..contracts import Batch, NotAvailable, Seed, check_positive, nearest
 from ..data.transforms import Transform
-from ..distributions.components import Arrays, Components, GaussianComponents, InComponent, Table, vector_components
+from ..distributions.components import (
+    Arrays,
+    Components,
+    GaussianComponents,
+    InComponent,
+    Table,
+    standardised,
+    vector_components,
+)
 from ..programs import PlateSize, aside, innermost, isolated, keyed_rng, run_model, run_program
 from ..training.fit import Training
 from ..training.optim import Adam
@@ -98,37 +106,40 @@ class _Mixture(GenerativeModel):
     # -- the start ----------------------------------------------------------------------------------------------------
 
     def prime(self, data: Batch) -> None:
-        """Start at the best of ``restarts`` runs of k-means on standardised data."""
+        """Start at the best of ``restarts`` runs of k-means."""
         x = cast(dict[str, Tensor], self._prepared(data)[0])["x"]
         x = x[torch.randperm(len(x), device=x.device)[:START_ROWS]] if len(x) > START_ROWS else x
         seeds = torch.randint(2**31 - 1, (self.restarts,)).tolist()
         with torch.no_grad():
-            tried = [memberships(x, self.num_components, seed) for seed in seeds]
+            features = self._features(x.flatten(1).double())
+            tried = [memberships(features, self.num_components, seed) for seed in seeds]
             fits = [self._start(x, each) for each in tried]
             best = max(range(len(fits)), key=fits.__getitem__)
             self._start(x, tried[best])
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What k-means clusters data ``(N, D)`` by."""
+        return standardised(x)
 
     def _start(self, x: Tensor, weight: Tensor) -> float:
         """Start where each datum belongs to components as ``weight`` (N, K) says; returns the mean log-density there."""
         raise NotImplementedError
 
 
-def memberships(x: Tensor, count: int, seed: int) -> Tensor:
-    """Which cluster each datum belongs to by k-means++ and k-means on standardised numbers: one-hot ``(N, count)``, float64.
+def memberships(features: Tensor, count: int, seed: int) -> Tensor:
+    """Which cluster each datum belongs to by k-means++ and k-means: one-hot ``(N, count)``, float64.
 
     Where there are fewer distinct data than clusters, data are shared out between several at random.
     """
     from sklearn.cluster import KMeans
 
-    flat = x.flatten(1).double()
-    flat = (flat - flat.mean(0)) / flat.std(0, correction=0).clamp(min=1e-12)
-    clusters = min(count, len(torch.unique(flat, dim=0)))
-    labels = KMeans(clusters, n_init=1, random_state=seed).fit(flat.cpu().numpy()).labels_
-    weight = nn.functional.one_hot(torch.as_tensor(labels).long(), clusters).double().to(x.device)
+    clusters = min(count, len(torch.unique(features, dim=0)))
+    labels = KMeans(clusters, n_init=1, random_state=seed).fit(features.cpu().numpy()).labels_
+    weight = nn.functional.one_hot(torch.as_tensor(labels).long(), clusters).double().to(features.device)
     if clusters == count:
         return weight
-    copies = weight[:, torch.arange(count, device=x.device) % clusters]
-    shares = copies * (0.5 + torch.rand(copies.shape, dtype=torch.float64, device=x.device))
+    copies = weight[:, torch.arange(count, device=features.device) % clusters]
+    shares = copies * (0.5 + torch.rand(copies.shape, dtype=torch.float64, device=features.device))
     return shares / shares.sum(1, keepdim=True)
 
 
@@ -192,6 +203,9 @@ class _VectorMixture(_Mixture):
         """Weights and components, from the context where there is one."""
         arrays = self.arrays(context)
         return arrays["weights"], _Vectors(self.components, arrays, self.event_shape)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return self.components.features(x)
 
     def _start(self, x: Tensor, weight: Tensor) -> float:
         flat = x.flatten(1)
