@@ -29,6 +29,7 @@ from ..contracts import Batch, NotAvailable, Seed, check_positive, nearest
 from ..data.transforms import Transform
 from ..distributions.components import (
     Arrays,
+    Columns,
     Components,
     GaussianComponents,
     InComponent,
@@ -161,7 +162,7 @@ class _Vectors:
     def support(self) -> Constraint:
         """Of each number."""
         kinds = self.components.support
-        return kinds if len(self.event_shape) == 1 or not hasattr(kinds, "kinds") else _Flat(kinds, len(self.event_shape))
+        return _Flat(kinds, len(self.event_shape)) if isinstance(self.components, Columns) else kinds
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(*rows, K)``."""
@@ -389,8 +390,7 @@ class MixtureOf(_Mixture):
 
     Args:
         components: The models, all with the same ``event_shape``, and with the mixture's ``context_dim`` or none. Each is
-            trained with the mixture; give them different seeds.
-        restarts: Runs of k-means, whose clusters prime the components.
+            trained with the mixture, from one cluster of k-means; give them different seeds.
         context_dim: Size of the vector that the weights depend on; 0 for none.
         hidden: Hidden layers of that network.
         preprocess: Invertible preprocessing of x, in place of that of the components.
@@ -412,7 +412,6 @@ class MixtureOf(_Mixture):
         self,
         components: Sequence[GenerativeModel | dict[str, Any]],
         *,
-        restarts: int = 1,
         context_dim: int = 0,
         hidden: Sequence[int] = (64,),
         preprocess: Transform | None = None,
@@ -422,10 +421,9 @@ class MixtureOf(_Mixture):
         if not models:
             raise ValueError("`components` is empty; give models, such as [Gaussian((2,)), Gaussian((2,))]")
         super().__init__(models[0].event_shape, preprocess=preprocess, context_dim=context_dim)
-        check_positive("restarts", restarts)
         for number, model in enumerate(models):
             _check_component(number, model, self.event_shape, context_dim)
-        self.num_components, self.restarts, self.hidden = len(models), restarts, tuple(hidden)
+        self.num_components, self.restarts, self.hidden = len(models), 1, tuple(hidden)
         self.components = nn.ModuleList(models)
         with self.initial_weights(seed):
             self.arrays = Arrays({"weights": (len(models),)}, context_dim, self.hidden)
@@ -433,7 +431,7 @@ class MixtureOf(_Mixture):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values; components as family and settings."""
         made = [{"family": model.family, "settings": model.settings()} for model in self._models()]
-        return {"components": made, "hidden": list(self.hidden), "restarts": self.restarts, "context_dim": self.context_dim}
+        return {"components": made, "hidden": list(self.hidden), "context_dim": self.context_dim}
 
     def _models(self) -> list[GenerativeModel]:
         return cast(list[GenerativeModel], list(self.components))
@@ -447,13 +445,7 @@ class MixtureOf(_Mixture):
         for model, share in zip(self._models(), weight.T):
             mine = x[share > 0]
             model.prime({"x": mine if len(mine) > 1 else x})
-        return float("-inf") if self.restarts == 1 else self._mean(x)
-
-    def _mean(self, x: Tensor) -> float:
-        if self.context_dim:
-            return 0.0
-        logits, table = self.parts(None)
-        return float(torch.logsumexp(logits.log_softmax(-1) + table.log_prob(x), -1).double().mean())
+        return 0.0  # there is but one start
 
 
 def _component(number: int, given: Any) -> GenerativeModel:
