@@ -69,7 +69,21 @@ CLAIMS: dict[int, Kind] = {
     ),
     9: Kind("the latents are used", "use of the latents", "standard", "whether what they hold is useful"),
     10: Kind("the encoder generalises", "generalisation of the encoder", "standard", "data unlike the held-out data"),
+    11: Kind(
+        "held-out data fit as well as training data",
+        "generalisation of the density",
+        "quick",
+        "data unlike the held-out data; whether both fit badly",
+    ),
+    12: Kind(
+        "the data are as probable as the model's own samples",
+        "probability of the data",
+        "quick",
+        "departures that leave the distribution of log p(x) as it is",
+    ),
 }
+DENSITY = (11, 12)
+"""Claims about families without latents, in place of those about a guide."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,8 @@ class Limits:
     shift: float = 0.1
     sd_ratio: float = 0.1
     ppp: float = 0.05
+    gap: float = 0.05
+    probability: float = 0.15
 
     @classmethod
     def of(cls, tolerances: Mapping[str, float] | None) -> Limits:
@@ -89,7 +105,7 @@ class Limits:
         for name, value in (tolerances or {}).items():
             check_choice("tolerances", name, tuple(cls.__dataclass_fields__))
             check_positive(f"tolerances[{name!r}]", value, integer=False)
-            if name in ("good_fraction", "sd_ratio", "ppp") and not value < 1:
+            if name in ("good_fraction", "sd_ratio", "ppp", "probability") and not value < 1:
                 raise ValueError(f"`tolerances[{name!r}]` should be below 1, got {value!r}")
         return cls(**(tolerances or {}))
 
@@ -135,6 +151,7 @@ class Evidence:
         problems: Why something is missing, by step.
         seconds: What each step took.
         status: Verdicts so far, by claim number.
+        log_p: Of a family without latents: log p of the data and of the model's own samples, and the numbers of a datum.
     """
 
     run: Run | None
@@ -148,6 +165,13 @@ class Evidence:
     seconds: dict[str, float] = field(default_factory=dict)
     status: dict[int, Status] = field(default_factory=dict)
     components: Any = None
+    log_p: tuple[np.ndarray, np.ndarray, int] | None = None
+
+    @property
+    def claims(self) -> list[int]:
+        """The numbers of the claims that there are to judge."""
+        dense = self.log_p is not None or "density" in self.problems
+        return [number for number in CLAIMS if dense or number not in DENSITY]
 
     @property
     def per_datum(self) -> bool:
@@ -161,7 +185,7 @@ class NotMeasured(ValueError):
 
 def judge(number: int, evidence: Evidence) -> Claim:
     """Judge one claim; whatever goes wrong inside becomes *not measured*, with the reason."""
-    rules = {1: _optimised, 2: _repairable, 3: _raw_summaries, 8: _reproduces}
+    rules = {1: _optimised, 2: _repairable, 3: _raw_summaries, 8: _reproduces, 11: _generalises, 12: _as_probable}
     if number not in rules:
         return Claim(number, "not_measured", explanation=_not_built(number, evidence.level))
     try:
@@ -201,6 +225,8 @@ def _optimised(evidence: Evidence) -> Claim:
     run = evidence.run
     if run is None:
         raise NotMeasured("the model carries no record of a fit (`last_run` is None)")
+    if not run.steps and len(run.history.get("loss", ())) == 1:
+        return Claim(1, "supported", explanation=f"No steps were needed: {run.stopped}.")
     if not len(run.history.get("loss", ())):
         raise NotMeasured(f"the record of the fit has no losses ({run.stopped or 'no reason given'})")
     if run.restored is not None and not run.skipped:
@@ -282,6 +308,60 @@ def _plateau_verdict(found: Plateau, limit: float) -> tuple[Status, str]:
             "The bound rose while the learning rate fell, which may be less noise or more learning: train longer.",
         )
     return "undecided", "Noise hides an improvement of the size of the tolerance: train longer, or average more draws a step."
+
+
+# ----------------------------------------------------------------------------------- 11 and 12: exact densities
+
+
+def _generalises(evidence: Evidence) -> Claim:
+    """The bound of the training data less that of held-out data, in nats for each number of a datum."""
+    run = evidence.run
+    if evidence.log_p is None:
+        raise NotMeasured(evidence.problems["density"])
+    if run is None or not len(run.history.get("loss", ())) or not len(run.validation.get("bound", ())):
+        raise NotMeasured("the fit had no validation data")
+    size, limit = evidence.log_p[2], evidence.limits.gap
+    loss = np.asarray(run.history["loss"], dtype=np.float64)
+    training = -float(loss[-max(1, len(loss) // 10) :].mean())
+    gap, error = (training - run.bound) / size, _Z * run.bound_std_error / size
+    status: Status = "supported" if gap + error < limit else "contradicted" if gap - error > limit else "undecided"
+    explanation = {
+        "supported": "Training and held-out data are about equally probable.",
+        "contradicted": "The model knows its training data better than others: fit a smaller one, or stop earlier.",
+        "undecided": "The interval holds the limit: more held-out data would decide.",
+    }[status]
+    return Claim(
+        11, status, "training less held-out log-density, nats for each number of a datum", gap, gap - error, gap + error,
+        f"< {limit:.3g}", run.num_data, f"{explanation} Training {training:.3f}, held out {run.bound:.3f} nats a datum.",
+    )  # fmt: skip
+
+
+def _as_probable(evidence: Evidence) -> Claim:
+    """The largest distance between the distributions of log p(x) over the data and over the model's samples."""
+    if evidence.log_p is None:
+        raise NotMeasured(evidence.problems["density"])
+    data, own, _ = evidence.log_p
+    at = np.sort(np.concatenate([data, own]))
+    below = [np.searchsorted(np.sort(part), at, side="right") / len(part) for part in (data, own)]
+    signed = below[0] - below[1]
+    distance = float(np.abs(signed).max())
+    band = 1.358 * math.sqrt(1 / len(data) + 1 / len(own))  # Smirnov's 95 % point
+    limit = evidence.limits.probability
+    low, high = max(distance - band, 0.0), min(distance + band, 1.0)
+    status: Status = "supported" if high < limit else "contradicted" if low > limit else "undecided"
+    less = signed[int(np.abs(signed).argmax())] > 0
+    where = (
+        "less probable than its samples: it misses some of them" if less else "more probable than its samples: it is too wide"
+    )
+    needed = _round_up(len(data) * (band / max(abs(distance - limit), 1e-3)) ** 2)
+    explanation = {
+        "supported": "log p(x) is distributed over the data as over the model's samples.",
+        "contradicted": f"Under the model the data are {where}.",
+        "undecided": f"The interval holds the limit: needs about {needed:,} data.",
+    }[status]
+    return Claim(
+        12, status, "distance of the distributions of log p(x)", distance, low, high, f"< {limit:.3g}", len(data), explanation
+    )
 
 
 # ------------------------------------------------------------------------------------ 2: the importance weights

@@ -52,6 +52,7 @@ _DRAWS, _DRAWS_PER_DATUM = 4000, 1000
 _MAX_DATA = 256  # data looked at when every latent belongs to one datum
 _MAX_ELEMENTS = 5e7  # latent numbers drawn in one call
 _REPLICATES = 200, 1000  # data sets replicated: first, and in all where those leave claim 8 undecided
+_MOST_PROBABLE = 1000  # data whose log p is compared with that of as many samples
 _MAX_REPLICATED = 2e7  # observed numbers replicated in one call
 
 
@@ -161,6 +162,9 @@ def report(
 ) -> Report:
     r"""Judge a fitted model on its data: ten claims, each supported, contradicted, undecided or not measured.
 
+    Of a family without latents two further claims are judged: that held-out data fit as well as the training data, and that
+    the data are as probable as the model's own samples.
+
     A problem inside one claim makes that claim *not measured* and leaves the others alone. Where every latent belongs to one
     datum, at most 256 data, chosen at random, are looked at.
 
@@ -172,7 +176,8 @@ def report(
         num_samples: Guide draws; by default 4000, or 1000 where each datum has latents of its own.
         tolerances: Any of ``improvement`` (nats a datum for 1000 steps; default 0.01, or 0.5/N where latents are shared),
             ``ess`` (effective draws, 100), ``good_fraction`` (of the data, 0.9), ``shift`` (posterior sds, 0.1), ``sd_ratio``
-            (distance from one, 0.1), ``ppp`` (two-sided level, 0.05).
+            (distance from one, 0.1), ``ppp`` (two-sided level, 0.05), ``gap`` (nats for each number of a datum, 0.05),
+            ``probability`` (distance of two distribution functions, 0.15).
         var_names: Latent sites to look at in claim 3 and the table; all by default.
         progress: Whether to show a bar with the claim at work on what takes more than two seconds.
 
@@ -191,7 +196,7 @@ def report(
         evidence, about = _gather(model, data[0] if len(data) == 1 else data, seed, num_samples, limits, var_names)
         evidence.level = level
         claims = []
-        for done, number in enumerate(CLAIMS):
+        for done, number in enumerate(evidence.claims):
             bar.at(done, f"claim {number}")
             claims.append(_timed(number, evidence))
     return Report(
@@ -231,12 +236,32 @@ def _gather(
         wanted = num_samples or _default_draws(probe, shown)
         evidence.draws = _attempt(evidence, "draw", lambda: model.draw(data, num_samples=wanted, seed=seed))
         about += [f"{wanted} draws", *_data_words(shown, total)]
+    if (
+        evidence.draws is not None
+        and not evidence.draws.values
+        and hasattr(model, "log_prob")
+        and hasattr(model, "event_shape")
+    ):
+        evidence.log_p = _attempt(evidence, "density", lambda: _log_p(model, data, seed))
     replicates = _attempt(evidence, "predict", lambda: _predict(model, data, evidence.draws, seed, limits))
     if evidence.draws is not None:
         draws = evidence.draws
         evidence.tree = tree = _attempt(evidence, "draw", lambda: to_datatree(draws, predictive=replicates, run=evidence.run))
         evidence.fitted = _attempt(evidence, "weights", lambda: _smooth(draws, tree))
     return evidence, about
+
+
+def _log_p(model: Any, data: Any, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """log p of the data, at most 1000 of them, and of as many samples of the model, under the same contexts."""
+    total = _num_data(data)
+    data = _rows(data, torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_MOST_PROBABLE])
+    given = data if isinstance(data, dict) else {"x": data}
+    further = sorted(set(given) - {"x", "context"})
+    if further:
+        raise ValueError(f"the model cannot be sampled under the data's own {further[0]!r}")
+    own = model.sample(len(given["x"]), given.get("context"), seed=seed)
+    scores = [model.log_prob({**given, "x": x}, seed=seed) for x in (given["x"], own)]
+    return (*(score.value.double().cpu().numpy() for score in scores), scores[0].event_size)
 
 
 def _data_words(shown: int, total: int) -> list[str]:

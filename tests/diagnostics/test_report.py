@@ -8,6 +8,7 @@ import pytest
 import torch
 from diagnostics_fakes import GaussianFit, PPCAFit, flat_run, gaussian_fit, make_draws, mean_field_fit
 
+import pgen
 from pgen.contracts import NotAvailable, Run
 from pgen.diagnostics import report
 
@@ -412,3 +413,54 @@ def test_a_report_takes_a_generator_and_names_the_claim_at_work(monkeypatch):
     first, second = (report(gaussian_fit([0.0] * 2, [1.0] * 2), Y, seed=torch.Generator().manual_seed(3)) for _ in range(2))
     assert first.to_json().split('"cost_s"')[0] == second.to_json().split('"cost_s"')[0] and first.seed == second.seed
     assert [f"claim {n}" for n in range(1, 11)] == [w for w in words[: len(words) // 2] if w != "claims 2 and 8"]
+
+
+# --- families without latents ----------------------------------------------------------------------------------------------
+
+
+def _normal(n, seed, dim=3):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def _claims_of(model, x):
+    found = report(model, x, progress=False)
+    return {claim.number: claim for claim in found.rows}, found
+
+
+def test_a_density_is_judged_by_held_out_data_and_by_its_own_samples():
+    model = pgen.models.Gaussian((3,))
+    model.fit(_normal(3000, 0), validation=_normal(3000, 1))
+    claims, found = _claims_of(model, _normal(1000, 2))
+    assert {n: claims[n].status for n in (1, 2, 3, 11, 12)} == {
+        1: "supported", 2: "not_measured", 3: "not_measured", 11: "supported", 12: "supported"
+    }  # fmt: skip
+    assert "No steps were needed: closed form" in claims[1].explanation
+    assert abs(claims[11].estimate) < 0.02 and claims[12].estimate < 0.07
+    assert "probability of the data" in found.overall and "12 " in str(found)
+
+
+def test_data_that_are_not_the_models_are_less_probable_or_more():
+    model = pgen.models.Gaussian((3,))
+    model.fit(_normal(1000, 0))
+    for scale, said in ((2.0, "less probable"), (0.4, "more probable")):
+        claim = _claims_of(model, scale * _normal(800, 2))[0][12]
+        assert claim.status == "contradicted" and said in claim.explanation
+    few = _claims_of(model, _normal(30, 2))[0][12]
+    assert few.status == "undecided" and "needs about" in few.explanation
+
+
+def test_a_density_that_knows_its_training_data_by_heart_is_caught():
+    model = pgen.models.Gaussian((40,))
+    model.fit(_normal(60, 0, 40), validation=_normal(2000, 1, 40))
+    claims, _ = _claims_of(model, _normal(200, 2, 40))
+    assert claims[11].status == "contradicted" and claims[11].estimate > 0.5
+    bare = pgen.models.Gaussian((3,))
+    bare.fit(_normal(100, 0))
+    assert _claims_of(bare, _normal(100, 1))[0][11].explanation == "the fit had no validation data"
+
+
+def test_a_model_with_latents_has_no_claims_about_a_density():
+    x = torch.bernoulli(torch.full((40, 4), 0.5), generator=torch.Generator().manual_seed(0))
+    vae = pgen.models.VAE((4,), 2, (4,))
+    vae.fit(x, steps=2, progress=False)
+    assert not {11, 12} & set(_claims_of(vae, x)[0])
