@@ -297,7 +297,7 @@ class _Places:
     """MADE as a network that takes one step at a time, each datum in an order of its own: its context begins with the ranks."""
 
     def __init__(self, made: MADE) -> None:
-        self.network, self.columns = made.network, made.columns
+        self.network, self.columns, self.parameters = made.network, made.columns, made.network.parameters
         self.observation = _AtColumn(made.columns)
 
     def start(self, batch: int, context: Tensor | None) -> list[Tensor]:
