@@ -78,6 +78,22 @@ def test_minibatch_regression_resists_gross_errors(capsys):
     assert "of 500 new answers" in capsys.readouterr().out
 
 
+def test_bandwidth_draws_and_ranks_three_estimates(tmp_path, capsys):
+    module = example("bandwidth")
+    files = module.main(tmp_path, number=150, progress=False)
+    assert [path.name for path in files] == ["bandwidth.png"] and files[0].stat().st_size > 1000
+    said = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[-1]) for line in said[1:5]]
+    assert scores == sorted(scores)  # too narrow, the rule, leave-one-out, the truth
+
+
+def test_geyser_knows_its_density():
+    module = example("bandwidth")
+    duration, wait = module.torch.linspace(0, 8, 801), module.torch.linspace(10, 160, 601)
+    at = module.torch.cartesian_prod(duration, wait)
+    assert float(module.log_density(at).double().exp().sum()) * 0.01 * 0.25 == pytest.approx(1, abs=1e-4)
+
+
 def test_latent_space_draws_three_pictures(tmp_path, capsys):
     files = example("latent_space").main(tmp_path, epochs=2, number=50, progress=False)
     assert [path.name for path in files] == ["grids.png", "codes.png", "walks.png"]

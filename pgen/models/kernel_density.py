@@ -129,6 +129,8 @@ class KernelDensity(GenerativeModel):
         if adaptive:
             self.register_buffer("local", torch.ones(count))
         if given is not None:
+            if float((given.diagonal().sqrt() if given.dim() == 2 else given).min()) <= floor:
+                raise ValueError(f"`bandwidth` should lie above the `floor` of {floor}, got {given.flatten()[:4].tolist()}")
             self._set_scale(given)
 
     @classmethod
@@ -182,7 +184,9 @@ class KernelDensity(GenerativeModel):
         if not self.real:
             return self.points.new_zeros(0)
         scale = (self.floor**2 + (2 * self.log_bandwidth).exp()).sqrt()
-        return self.lower.tril(-1) + scale.diag() if self.covariance == "full" else scale
+        if self.covariance != "full":
+            return scale
+        return scale[:, None] * (self.lower.tril(-1) + torch.eye(len(scale)).to(scale))  # in units of each feature's scale
 
     @property
     def smoothing(self) -> Tensor | None:
@@ -254,8 +258,8 @@ class KernelDensity(GenerativeModel):
         self.points = (torch.cat([batch["context"], x], 1) if self.context_dim else x).detach().clone()
         self.weights = batch["weights"].to(x) if "weights" in batch else x.new_ones(len(x))
         effective = float(self.weights.double().sum().square() / self.weights.double().square().sum())
-        if self.given is None and self.real:
-            self._set_scale(self._by_rule(effective))
+        if self.real:
+            self._set_scale(self._by_rule(effective) if self.given is None else self.given.to(x.device))
         if self.smoothing is not None:
             share = min(0.5, effective ** (-2 / (4 + len(self.real))))
             self.log_odds.fill_(math.log(share / (1 - share)))
@@ -293,7 +297,7 @@ class KernelDensity(GenerativeModel):
         with torch.no_grad():
             self.log_bandwidth.copy_(0.5 * (scale.square() - self.floor**2).clamp(min=1e-6 * scale.square()).log())
             if bandwidth.dim() == 2:
-                self.lower.copy_(bandwidth.tril(-1))
+                self.lower.copy_((bandwidth / scale[:, None]).tril(-1))
 
     def _local(self) -> Tensor:
         """Factors of the bandwidth, of geometric mean one, ``(N,)`` float64."""
