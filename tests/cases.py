@@ -145,6 +145,7 @@ _COLOURS = _draws(lambda: torch.bernoulli(torch.rand(ROWS, 2, 2, 2)))
 _CLASSES = _draws(lambda: torch.randint(0, CLASSES, (ROWS, *EVENT)))
 _REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
 _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
+_IMAGES = _draws(lambda: torch.randn(ROWS, 1, 2, 4) * 2 + 3)
 _NO_LATENTS = ("encode", "reconstruct", "posterior")
 _NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
 
@@ -178,6 +179,7 @@ CASES: dict[str, Case] = {
     "vae_gaussian_context": Case(vae("gaussian", context_dim=CONTEXT), _REALS, _CONTEXT),
     "vae_gaussian_mixture": Case(vae("gaussian_mixture", components=2), _REALS),
     "vae_discretized": Case(vae("discretized_logistic_mixture", num_classes=CLASSES, components=2), _CLASSES),
+    "vae_flow_prior": Case(vae("gaussian", prior="flow"), _REALS),
     "vae_standardized": Case(lambda seed: vae("gaussian", preprocess=Standardize())(seed), _REALS),
     "vae_dequantized": Case(
         lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()
@@ -200,6 +202,16 @@ CASES: dict[str, Case] = {
     "flow_affine_coupling": exact(flow("affine_coupling"), _REALS),
     "flow_spline_coupling_context": exact(flow("spline_coupling", context_dim=CONTEXT), _REALS, _CONTEXT),
     "flow_continuous_context": exact(flow("continuous", context_dim=CONTEXT), _REALS, _CONTEXT),
+    "glow": exact(lambda seed: models.Glow((1, 2, 4), 1, 1, 3, seed=seed), _IMAGES),
+    "glow_dequantized_context": Case(
+        lambda seed: models.Glow(
+            (4, 4), 2, 1, 3, context_dim=CONTEXT, preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]), seed=seed
+        ),
+        _draws(lambda: torch.randint(0, CLASSES, (ROWS, 4, 4))).float(),
+        _CONTEXT,
+        latents=False,
+        lacks=_NO_LATENTS,
+    ),
     "flow_mixture_base": exact(flow("neural_coupling", components=3, permutation="random"), _REALS),
     "flow_dequantized": exact(
         flow("spline_autoregressive", dropout=0.1, preprocess=Dequantize(CLASSES)), _CLASSES.float(), kind="lower_bound"

@@ -11,7 +11,8 @@ import pgen
 from pgen.data import Dequantize
 from pgen.data.toy import gaussian_grid
 from pgen.distributions.flows import TRANSFORMS, ActNorm, Bijection, Chain, DeepSigmoid, FlowDistribution, bijection
-from pgen.models import Flow
+from pgen.models import VAE, Flow, Glow
+from pgen.models.glow import MultiScale
 
 SIZE, ROWS, CONTEXT = 4, 3, 2
 
@@ -241,3 +242,50 @@ def test_every_tier_gives_the_same_loss():
             for tier in ("eager", "graph")
         ]
         np.testing.assert_array_equal(*losses)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_dim", [0, CONTEXT])
+@pytest.mark.parametrize(("shape", "levels"), [((1, 4, 8), 2), ((3, 2, 4), 1)])
+def test_a_multi_scale_map_has_the_jacobian_it_says_and_finds_back(shape, levels, context_dim):
+    made = seeded(lambda: MultiScale(shape, levels, 2, 5, context_dim)).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * seeded(lambda p=p: torch.randn(p.shape, dtype=p.dtype), seed=4)
+    x = seeded(lambda: torch.randn(2, *shape, dtype=torch.float64))
+    context = seeded(lambda: torch.randn(2, context_dim, dtype=torch.float64)) if context_dim else None
+    z, log_det = made(x, context)
+    assert z.shape == x.shape and log_det.shape == (2,)
+    torch.testing.assert_close(made.inverse(z, context), x, rtol=0, atol=1e-6)
+    for i in range(2):
+        found = torch.autograd.functional.jacobian(
+            lambda v, i=i: made(v.reshape(1, *shape), None if context is None else context[i : i + 1])[0].flatten(),
+            x[i].flatten(),
+        )
+        torch.testing.assert_close(log_det[i], found.det().abs().log(), rtol=0, atol=1e-8)
+
+
+def test_every_actnorm_of_a_multi_scale_map_starts_at_what_reaches_it():
+    x = seeded(lambda: 5 + 3 * torch.randn(200, 1, 4, 4))
+    glow = Glow((1, 4, 4), 2, 2, 5)
+    glow.fit(x, steps=1, optimizer=1e-9, progress=False)
+    z, _ = glow.flow(x)
+    assert float(z.mean().detach()) == pytest.approx(0, abs=0.1) and float(z.std().detach()) == pytest.approx(1, abs=0.1)
+
+
+def test_an_image_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match=r"multiples of 2 \*\* levels = 8, got \(28, 28\); take fewer levels"):
+        Glow((28, 28), levels=3)
+
+
+def test_a_flow_prior_is_trained_and_drawn_from():
+    x = seeded(lambda: torch.randn(40, 5))
+    vae = VAE((5,), 3, (7,), likelihood="gaussian", prior="flow")
+    before = [p.detach().clone() for p in vae.prior_flow.parameters()]
+    vae.fit(x, steps=3, batch_size=20, progress=False)
+    assert all(bool((a != b).any()) for a, b in zip(before, vae.prior_flow.parameters()))
+    assert isinstance(vae.prior(), FlowDistribution) and vae.sample(4).shape == (4, 5)
+    with pytest.raises(ValueError, match="`prior`"):
+        VAE((5,), 3, prior="flows")

@@ -2,7 +2,6 @@ r"""Distributions over arrays from distributions over vectors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pyro.distributions as dist
@@ -11,7 +10,7 @@ __all__ = ["with_event_shape"]
 
 
 def with_event_shape(fn: dist.TorchDistribution, event_shape: Sequence[int]) -> dist.TorchDistribution:
-    """A distribution over vectors as one over arrays of as many numbers; the density is the same.
+    """A distribution over vectors (or arrays) as one over arrays of as many numbers; the density is the same.
 
     Example:
         >>> import torch
@@ -20,5 +19,4 @@ def with_event_shape(fn: dist.TorchDistribution, event_shape: Sequence[int]) -> 
     """
     if tuple(fn.event_shape) == tuple(event_shape):
         return fn
-    size = (math.prod(event_shape),)
-    return dist.TransformedDistribution(fn, dist.transforms.ReshapeTransform(size, tuple(event_shape)))
+    return dist.TransformedDistribution(fn, dist.transforms.ReshapeTransform(tuple(fn.event_shape), tuple(event_shape)))

@@ -6,6 +6,7 @@ from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
 from .flow import Flow
 from .gaussian import Gaussian
+from .glow import Glow
 from .hidden_markov import HiddenMarkov
 from .kernel_density import KernelDensity
 from .linear import FactorAnalysis, ProbabilisticPCA
@@ -28,6 +29,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "GenerativeClassifier",
+    "Glow",
     "HiddenMarkov",
     "KernelDensity",
     "MaximumEntropy",

@@ -146,7 +146,7 @@ class Flow(GenerativeModel):
         """Start at the mean, standard deviation and clusters of the data, and refuse columns that have no density."""
         batch = self._prepared(data)[0]
         x = batch["x"].flatten(1)[:LOOKED]
-        _check_atoms(x)
+        check_atoms(x)
         with torch.no_grad():
             standard = self.actnorm.start(x)
             if self.components > 1:
@@ -199,7 +199,7 @@ class Flow(GenerativeModel):
         return error
 
 
-def _check_atoms(x: Tensor) -> None:
+def check_atoms(x: Tensor) -> None:
     """Refuse columns with a value that many data share."""
     if len(x) < 2:
         raise ValueError(f"a flow needs two data or more to know their scale, got {len(x)}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
+from ..distributions.flows import FlowDistribution, bijection
 from ..distributions.observation import OBSERVATIONS, observation
 from ..guides import ENCODERS
 from ..nn import ACTIVATIONS, MLP, flatten
@@ -41,6 +42,7 @@ class VAE(GenerativeModel):
         hidden: Sizes of the encoder's hidden layers; the decoder's are the same in reverse.
         encoder: The family of q(z | x): ``"gaussian"`` (diagonal), ``"full_covariance"`` or ``"flow"`` (an inverse
             autoregressive flow that sees x); see ``pgen.guides``.
+        prior: ``"gaussian"``, or ``"flow"``: p(z) is a trained spline coupling flow (Durkan et al. 2019, arXiv:1906.04032).
         likelihood: ``"bernoulli"`` (x in {0, 1}), ``"categorical"`` (x in {0, ..., num_classes - 1}), ``"gaussian"``
             (real x; mean and standard deviation both functions of z), ``"gaussian_mixture"`` or
             ``"discretized_logistic_mixture"`` (ordered levels 0, ..., num_classes - 1).
@@ -66,6 +68,7 @@ class VAE(GenerativeModel):
         hidden: Sequence[int] = (256, 256),
         *,
         encoder: str = "gaussian",
+        prior: str = "gaussian",
         likelihood: str = "bernoulli",
         num_classes: int | None = None,
         components: int | None = None,
@@ -78,7 +81,9 @@ class VAE(GenerativeModel):
         check_positive("latent_dim", latent_dim)
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
         check_choice("encoder", encoder, tuple(ENCODERS))
-        self.latent_dim, self.likelihood, self.num_classes, self.encoder_name = latent_dim, likelihood, num_classes, encoder
+        check_choice("prior", prior, ("gaussian", "flow"))
+        self.latent_dim, self.likelihood, self.num_classes = latent_dim, likelihood, num_classes
+        self.encoder_name, self.prior_name = encoder, prior
         self.components, self.hidden, self.activation = components, tuple(hidden), ACTIVATIONS.name(activation)
         self.observation = observation(likelihood, self.event_shape, num_classes, components)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
@@ -87,12 +92,20 @@ class VAE(GenerativeModel):
                 lambda outputs: MLP(size + context_dim, self.hidden, outputs, make).glorot(), latent_dim
             )
             self.decoder = MLP(latent_dim + context_dim, self.hidden[::-1], self.observation.outputs * size, make).glorot()
+            if prior == "flow":
+                self.prior_flow = bijection("spline_coupling", latent_dim, 2, (64, 64), permutation="lu")
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
         names = ("latent_dim", "likelihood", "num_classes", "components", "activation", "context_dim")
         plain = {n: getattr(self, n) for n in names}
-        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), "encoder": self.encoder_name, **plain}
+        return {
+            "event_shape": list(self.event_shape),
+            "hidden": list(self.hidden),
+            "encoder": self.encoder_name,
+            "prior": self.prior_name,
+            **plain,
+        }
 
     def prime(self, data: Batch) -> None:
         """Start the decoder's output at the mean of the training data."""
@@ -111,9 +124,14 @@ class VAE(GenerativeModel):
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """p(x, z | c)."""
         with self.plate(x, context):
-            zero = next(self.decoder.parameters()).new_zeros(self.latent_dim)
-            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
+            z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.observation.distribution(self.decoder(_with(z, context))), obs=x)
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z)."""
+        zero = next(self.decoder.parameters()).new_zeros(self.latent_dim)
+        noise = dist.Normal(zero, 1.0).to_event(1)
+        return noise if self.prior_name == "gaussian" else FlowDistribution(self.prior_flow, noise, validate_args=False)
 
     def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> None:
         """q(z | x, c)."""
