@@ -143,3 +143,10 @@ def test_densities_compare_classify_and_detect(tmp_path, capsys):
     assert all(file.stat().st_size > 1000 for file in files)
     said = capsys.readouterr().out
     assert "mixture of 4" in said and "The density alone fails here" in said and "ECE" in said
+
+
+def test_flows_are_drawn_beside_their_targets(tmp_path, capsys):
+    gaps = example("flow_toys").main(tmp_path, steps=5, hidden=8, progress=False)
+    assert gaps["25 Gaussians"] < 1.0 and set(gaps) == {"two moons", "checkerboard", "25 Gaussians"}
+    assert (tmp_path / "flow_toys.png").stat().st_size > 1000
+    assert "inverse off by" in capsys.readouterr().out
