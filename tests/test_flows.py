@@ -8,7 +8,7 @@ import torch
 from cases import seeded
 
 import pgen
-from pgen.data import Dequantize
+from pgen.data import Dequantize, flow_set
 from pgen.data.toy import gaussian_grid
 from pgen.distributions.flows import TRANSFORMS, ActNorm, Bijection, Chain, DeepSigmoid, FlowDistribution, bijection
 from pgen.models import VAE, Flow, Glow
@@ -289,3 +289,22 @@ def test_a_flow_prior_is_trained_and_drawn_from():
     assert isinstance(vae.prior(), FlowDistribution) and vae.sample(4).shape == (4, 5)
     with pytest.raises(ValueError, match="`prior`"):
         VAE((5,), 3, prior="flows")
+
+
+# --- the literature's tables -----------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_the_literature_is_read_from_the_users_file(tmp_path):
+    path = tmp_path / "power.npz"
+    with pytest.raises(FileNotFoundError, match=r"prepare POWER with the scripts of gpapamak/maf .*6 columns each"):
+        flow_set("power", path)
+    np.savez(path, train=np.zeros((5, 6)), validation=np.zeros((2, 6)), test=np.ones((3, 6)))
+    split = flow_set("power", path)
+    assert split.train.shape == (5, 6) and split.test.dtype == torch.float32 and float(split.test.sum()) == 18
+    with pytest.raises(ValueError, match=r"should have shape \(rows, 8\), got \(5, 6\)"):
+        flow_set("gas", path)
+    np.savez(path, train=np.zeros((5, 6)))
+    with pytest.raises(ValueError, match="has no array 'validation'"):
+        flow_set("power", path)
+    with pytest.raises(ValueError, match="one of power, gas"):
+        flow_set("iris", path)

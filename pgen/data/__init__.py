@@ -3,12 +3,14 @@
 from . import toy
 from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
 from .batches import Batches, chunks, epoch_order, key, permute, step_keys
+from .flow_sets import FLOW_SETS, flow_set
 from .sequences import mu_law, mu_law_inverse, pad, windows
 from .sources import Loaded, Split, digits, idx_folder, load
 from .stored import MemoryMapped, Parquet
 from .transforms import Compose, Dequantize, Logit, Standardize, Transform, from_settings
 
 __all__ = [
+    "FLOW_SETS",
     "Batches",
     "Compose",
     "Dequantize",
@@ -25,6 +27,7 @@ __all__ = [
     "digits",
     "epoch_order",
     "fingerprint",
+    "flow_set",
     "from_settings",
     "idx_folder",
     "key",
