@@ -277,7 +277,7 @@ FAMILIES = [name for name, family in pgen.models.REGISTRY.items() if family.has_
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_finds_its_settings_in_the_data(name):
     """Real numbers get a density and whole numbers a mass, so that families can be compared."""
-    shape = {"pixel_cnn": (8, 8), "pixel_rnn": (8, 8), "maximum_entropy": (2,)}.get(name, (4,))
+    shape = {"pixel_cnn": (8, 8), "pixel_rnn": (8, 8), "maximum_entropy": (2,), "glow": (4, 4)}.get(name, (4,))
     x = 2 * torch.randn(30, *shape, generator=torch.Generator().manual_seed(0))
     for kind, data in (("real", x), ("counts", x.round().clamp(-3, 3) + 3), ("bits", (x > 0).float())):
         model = pgen.models.REGISTRY[name].for_data(data, seed=1)
