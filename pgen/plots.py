@@ -301,7 +301,7 @@ def reliability(found: Calibration) -> Figure:
 def decision_boundary(
     predict_proba: Callable[[Any], Any], x: Any, y: Any, *, grid: int = 150, names: Sequence[str] = ("x0", "x1")
 ) -> Figure:
-    r"""Classes of data in the plane, and of every point around them: the paler, the less sure.
+    r"""Classes of data in the plane, and of every point around them, colours mixed where they compete.
 
     Args:
         predict_proba: From points ``(N, 2)`` to probabilities ``(N, K)``: a classifier's method.
@@ -326,7 +326,7 @@ def decision_boundary(
     probs = np.asarray(_plain(predict_proba(torch.as_tensor(mesh, dtype=torch.get_default_dtype()))))
     colours = np.array([_rgb(CATEGORIES[k % len(CATEGORIES)]) for k in range(probs.shape[1])])
     figure, (ax,) = _figure(5.2, 4.6)
-    shade = 1 - 0.75 * (1 - probs @ colours)  # paler towards white, and mixed where classes compete
+    shade = 1 - 0.4 * (1 - probs @ colours)  # pale, and mixed where classes compete
     ax.imshow(shade.reshape(grid, grid, 3), origin="lower", extent=(low[0], high[0], low[1], high[1]), aspect="auto")
     if probs.shape[1] > 1:
         ax.contour(*axes, probs.argmax(1).reshape(grid, grid), np.arange(probs.shape[1] - 1) + 0.5, colors=INK, linewidths=0.8)
