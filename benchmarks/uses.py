@@ -273,8 +273,8 @@ PROSE = [
     "density of dequantised levels is a bound of their mass.",
 ]
 PUBLISHED = [
-    "Published for Fashion-MNIST against MNIST: likelihood .089, ratio .994 (PixelCNN++ trained to the end, Ren et al. 2019); a",
-    "VAE gave likelihood 1.0 elsewhere. Below one half the density alone fails. Models as small and as briefly trained as these",
+    "Published for Fashion-MNIST against MNIST: likelihood .089, ratio .994 (PixelCNN++, Ren et al. 2019); a VAE gave",
+    "likelihood 1.0 elsewhere. Below one half the density alone fails. Models as small and as briefly trained as these",
     "need not fail in the published way: that takes a density that fits each pixel's neighbourhood well.",
 ]
 CLASSIFIER_PROSE = [
