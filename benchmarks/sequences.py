@@ -405,12 +405,14 @@ def markdown(found):
             ]
             lines += ["| " + " | ".join(row) + " |" for row in part["rows"]]
             lines += ["", part["note"], ""]
+    if missing := [PARTS[name].__doc__.split(".")[0] for name in PARTS if name not in found]:
+        lines += ["## Not run yet", "", *(f"- {what}." for what in missing), ""]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--keep", type=Path, help="a JSON file of the parts found so far")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps of training")

@@ -92,7 +92,7 @@ class CausalTransformer(SequenceModel):
         return self.network.bias
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        return Adam(2e-3, betas=(0.9, 0.99), weight_decay=0.1), recipe(settings, self.event_shape[0])
+        return Adam(1e-3, betas=(0.9, 0.99), weight_decay=0.1), recipe(settings)
 
 
 class _Network(nn.Module):

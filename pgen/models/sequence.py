@@ -194,10 +194,10 @@ def share(name: str, value: float) -> float:
     return float(value)
 
 
-def recipe(settings: Training, positions: int) -> Training:
-    """How sequence models are trained by default: gradients clipped at norm 1 a position, the rate lowered along a cosine."""
+def recipe(settings: Training) -> Training:
+    """How sequence models are trained by default: gradients clipped at norm 1, the rate lowered to 0 along a cosine."""
     schedule = settings.schedule if settings.schedule is not None or settings.stop == "converged" else "cosine"
-    return replace(settings, clip_norm=settings.clip_norm or float(positions), schedule=schedule)
+    return replace(settings, clip_norm=settings.clip_norm or 1.0, schedule=schedule)
 
 
 def _symbols(batch: Any) -> Tensor:

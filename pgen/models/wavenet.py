@@ -103,7 +103,7 @@ class WaveNet(SequenceModel):
         return self.network.last.bias
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        return Adam(3e-3), recipe(settings, self.event_shape[0])
+        return Adam(3e-3), recipe(settings)
 
 
 class _Network(nn.Module):
