@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "comparison",
+    "density",
     "latent_space",
     "out_of_distribution",
     "plot_bound",
@@ -71,6 +72,57 @@ def plot_bound(run: Run) -> Figure:
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
     _legend(ax, loc="lower right")
     return figure
+
+
+def density(model: Any, data: Any = None, *, limits: Sequence[float] | None = None, num_points: int = 120) -> Figure:
+    r"""A density in the plane: shaded, with the contours that enclose 50, 90 and 99 % of its mass, and data on top.
+
+    Args:
+        model: What has ``log_prob(x)`` for x ``(N, 2)``: a family with event shape (2,), or a target of ``pgen.data.toy``.
+        data: Points to draw, ``(N, 2)``.
+        limits: (left, right, bottom, top); by default those of the data, or of 1000 samples, and a tenth more on each side.
+        num_points: Points of the grid along each axis.
+
+    Raises:
+        ValueError: If data or samples are not points of the plane.
+    """
+    import torch
+
+    check_positive("num_points", num_points)
+    points = None if data is None else _array("data", data)
+    where = _array("model.sample(1000)", model.sample(1000)) if points is None and limits is None else points
+    for name, x in (("data", points), ("model", where)):
+        if x is not None and (x.ndim != 2 or x.shape[1] != 2):
+            raise ValueError(f"`{name}` should be points of the plane, shape (N, 2), got {x.shape}; choose two of its numbers")
+    left, right, bottom, top = limits if limits is not None else _room(where)
+    axes = np.linspace(left, right, num_points), np.linspace(bottom, top, num_points)
+    grid = np.stack(np.meshgrid(*axes), -1)
+    found = model.log_prob(torch.from_numpy(grid.reshape(-1, 2)).to(torch.get_default_dtype()))
+    value = np.asarray(_plain(getattr(found, "value", found)), dtype=float).reshape(num_points, num_points)
+    figure, (ax,) = _figure(5.4, 4.8)
+    p = np.exp(value - value.max())
+    shade = ax.pcolormesh(*axes, np.exp(value), cmap="Blues", shading="gouraud", zorder=0)
+    figure.colorbar(shade, ax=ax, label="density")
+    levels = sorted({_level(p, mass) for mass in (0.99, 0.9, 0.5)})
+    ax.contour(*axes, p, levels=levels, colors=INK, linewidths=0.8)
+    if points is not None:
+        ax.plot(*points[:2000].T, ".", color=ORANGE, markersize=2, alpha=0.5)
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    _label(ax, "$x_1$", "$x_2$", "Density; contours hold 50, 90 and 99 % of the mass in view")
+    return figure
+
+
+def _room(x: Any) -> tuple[float, float, float, float]:
+    """Limits that leave a tenth on each side."""
+    low, high = x.min(0), x.max(0)
+    room = 0.1 * (high - low) + 1e-9
+    return (low[0] - room[0], high[0] + room[0], low[1] - room[1], high[1] + room[1])
+
+
+def _level(p: np.ndarray, mass: float) -> float:
+    """The height above which lies that share of the sum."""
+    ordered = np.sort(p, axis=None)[::-1]
+    return float(ordered[np.searchsorted(ordered.cumsum(), mass * ordered.sum())])
 
 
 def sample_grid(

@@ -218,6 +218,7 @@ CASES: dict[str, Case] = {
     ),
     "gaussian_full": exact(lambda seed: models.Gaussian(EVENT, seed=seed), _REALS),
     "gaussian_diagonal": exact(lambda seed: models.Gaussian(EVENT, "diagonal", preprocess=Standardize(), seed=seed), _REALS),
+    "gaussian_context": exact(lambda seed: models.Gaussian(EVENT, context_dim=CONTEXT, seed=seed), _REALS, _CONTEXT),
     "gaussian_low_rank": exact(lambda seed: models.Gaussian(EVENT, "low_rank", rank=2, seed=seed), _REALS),
     "made": exact(lambda seed: models.MADE(EVENT, (14,), seed=seed), _BITS, values=2),
     "made_residual": exact(

@@ -150,3 +150,11 @@ def test_flows_are_drawn_beside_their_targets(tmp_path, capsys):
     assert gaps["25 Gaussians"] < 1.0 and set(gaps) == {"two moons", "checkerboard", "25 Gaussians"}
     assert (tmp_path / "flow_toys.png").stat().st_size > 1000
     assert "inverse off by" in capsys.readouterr().out
+
+
+def test_density_basics_prints_its_figures_and_draws_the_plane(tmp_path, capsys):
+    example("density_basics").main(tmp_path / "density.png")
+    said = capsys.readouterr().out
+    assert (tmp_path / "density.png").stat().st_size > 1000
+    assert "0.054 0.079 0.114 0.165 0.240 0.347" in said  # Jaynes (1963), Brandeis lectures
+    assert "the banana itself: -2.14 nats" in said

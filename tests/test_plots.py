@@ -224,3 +224,17 @@ def test_pictures_leave_global_state_alone_and_ignore_a_dark_style(tmp_path):
     assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
     assert figure.axes[0].xaxis.label.get_color() == plots.INK
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_density_encloses_the_mass_that_its_contours_say():
+    from pgen.data import toy
+
+    target = toy.gaussian_grid(1, sd=1.0)  # the standard normal, whose 90 % lie within radius sqrt(2 ln 10) = 2.146
+    ax = plots.density(target, limits=(-4, 4, -4, 4), num_points=81).axes[0]
+    (contours,) = [c for c in ax.collections if hasattr(c, "levels")]
+    known = [0.01, 0.1, 0.5]  # p / max p where a share 1 - r of the mass is enclosed
+    np.testing.assert_allclose(contours.levels, known, atol=0.01)
+    points = plots.density(target, target.sample(50)).axes[0].lines[0].get_xydata()
+    assert points.shape == (50, 2)
+    with pytest.raises(ValueError, match=r"`data` should be points of the plane, shape \(N, 2\), got \(5, 3\)"):
+        plots.density(target, np.zeros((5, 3)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["LinearGaussian", "regress"]
+__all__ = ["LinearGaussian", "check_spread", "regress"]
 
 
 class LinearGaussian(dist.TorchDistribution):
@@ -94,6 +94,17 @@ class LinearGaussian(dist.TorchDistribution):
         right = self._seen((x - self.loc) / self.noise) @ self.factor
         lower = torch.linalg.cholesky_ex(precision)[0]
         return precision, torch.cholesky_solve(right[..., None], lower).squeeze(-1)
+
+
+def check_spread(x: Tensor, sd: Tensor) -> None:
+    """Refuse data ``(N, D)`` with a column that is constant up to rounding, given the standard deviations ``sd`` ``(D,)``."""
+    constant = sd <= 1e-10 * x.abs().amax(0)
+    if bool(constant.any()):
+        number = int(constant.nonzero()[0, 0])
+        raise ValueError(
+            f"the covariance of `data` is singular: number {number} of each datum is constant ({len(x)} data of {x.shape[1]} "
+            "numbers); drop it"
+        )
 
 
 def _inverse_tril(precision: Tensor) -> Tensor:

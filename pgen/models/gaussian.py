@@ -1,10 +1,11 @@
 r"""The Gaussian: full, diagonal or low-rank covariance.
 
-.. math:: x \sim \mathcal{N}(\mu, \Sigma), \qquad
+.. math:: x \mid c \sim \mathcal{N}(\mu + A c, \Sigma), \qquad
     \Sigma = L L^\top, \quad \operatorname{diag}(\sigma^2), \quad \text{or} \quad W W^\top + \operatorname{diag}(\sigma^2)
 
-The maximum of the likelihood is the sample mean and the sample covariance (divided by N): ``fit(x)`` takes it in one step where
-there is a closed form (full and diagonal), and SVI, ``fit(x, steps=...)``, climbs to the same place.
+The maximum of the likelihood is the sample mean (with a context c the line of least squares) and the covariance of what is
+left (divided by N): ``fit(x)`` takes it in one step where there is a closed form (full and diagonal), and SVI,
+``fit(x, steps=...)``, climbs to the same place.
 
 Bishop (2006), Pattern Recognition and Machine Learning, section 2.3.4.
 """
@@ -24,6 +25,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
+from ..distributions.linear_gaussian import check_spread, regress
 
 __all__ = ["Gaussian"]
 
@@ -33,12 +35,14 @@ COVARIANCES = ("full", "diagonal", "low_rank")
 class Gaussian(GenerativeModel):
     r"""Multivariate Gaussian.
 
-    Shapes: x ``(N, *event_shape)``; the covariance is that of the D numbers of x in row-major order.
+    Shapes: x ``(N, *event_shape)``, context ``(N, context_dim)``; the covariance is that of the D numbers of x in row-major
+    order.
 
     Args:
         event_shape: Shape of one datum.
         covariance: ``"full"``, ``"diagonal"``, or ``"low_rank"``.
         rank: Columns of W for ``"low_rank"``.
+        context_dim: Size of the vector that the mean depends on linearly; 0 for none.
         preprocess: Invertible preprocessing of x.
         seed: Keys the initial weights of a low rank.
 
@@ -61,10 +65,11 @@ class Gaussian(GenerativeModel):
         covariance: str = "full",
         *,
         rank: int | None = None,
+        context_dim: int = 0,
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, preprocess=preprocess)
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_choice("covariance", covariance, COVARIANCES)
         size = math.prod(self.event_shape)
         if (covariance == "low_rank") != (rank is not None):
@@ -73,6 +78,8 @@ class Gaussian(GenerativeModel):
         self.covariance, self.rank = covariance, rank
         self.loc = nn.Parameter(torch.zeros(size))
         self.log_scale = nn.Parameter(torch.zeros(size))
+        if context_dim:
+            self.slope = nn.Parameter(torch.zeros(size, context_dim))
         with self.initial_weights(seed):
             if covariance == "full":
                 self.lower = nn.Parameter(torch.zeros(size, size))
@@ -81,7 +88,8 @@ class Gaussian(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        return {"event_shape": list(self.event_shape), "covariance": self.covariance, "rank": self.rank}
+        plain = {name: getattr(self, name) for name in ("covariance", "rank", "context_dim")}
+        return {"event_shape": list(self.event_shape), **plain}
 
     def prime(self, data: Batch) -> None:
         """Start at the mean and the standard deviations of the data."""
@@ -94,44 +102,46 @@ class Gaussian(GenerativeModel):
         """The sample mean and covariance; nothing for a low rank."""
         if self.covariance == "low_rank":
             return ""
-        x = batch["x"].flatten(1).double()
-        centred = x - x.mean(0)
+        x = batch["x"].flatten(1)
+        loc, slope, centred = regress(x, batch.get("context"))
+        scale = centred.square().mean(0).sqrt()
+        check_spread(x, scale)
         if self.covariance == "full":
-            lower, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(x))
+            lower = scale[:, None] * _correlation(centred / scale)
             scale = lower.diagonal()
-        else:
-            scale, failed = centred.square().mean(0).sqrt(), torch.zeros(())
-        _check_scale(scale, centred, bool(failed))
-        self.loc.copy_(x.mean(0))
+        self.loc.copy_(loc)
         self.log_scale.copy_(scale.log())
+        if self.context_dim:
+            self.slope.copy_(slope)
         if self.covariance == "full":
             self.lower.copy_(lower.tril(-1))
         return "closed form: the sample mean and covariance"
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """p(x)."""
+        """p(x | c)."""
         with self.plate(x, context):
-            return pyro.sample("x", with_event_shape(self.distribution(), self.event_shape), obs=x)
+            return pyro.sample("x", with_event_shape(self.distribution(context), self.event_shape), obs=x)
 
-    def distribution(self) -> dist.TorchDistribution:
+    def distribution(self, context: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of the D numbers of x."""
+        loc = self.loc if context is None else self.loc + context @ self.slope.T
         scale = self.log_scale.exp()
         if self.covariance == "full":
-            return dist.MultivariateNormal(self.loc, scale_tril=self.lower.tril(-1) + scale.diag())
+            return dist.MultivariateNormal(loc, scale_tril=self.lower.tril(-1) + scale.diag())
         if self.covariance == "low_rank":
-            return dist.LowRankMultivariateNormal(self.loc, self.factor, scale.square())
-        return dist.Normal(self.loc, scale).to_event(1)
+            return dist.LowRankMultivariateNormal(loc, self.factor, scale.square())
+        return dist.Normal(loc, scale).to_event(1)
 
 
-def _check_scale(scale: Tensor, centred: Tensor, failed: bool) -> None:
-    """Refuse a singular covariance, naming a column that makes it so."""
-    spread = centred.square().mean(0).sqrt()
-    floor = 1e-6 * spread.max()
-    if not failed and bool((scale > floor).all()):
-        return
-    column = int(((spread <= floor) if bool((spread <= floor).any()) else ~(scale > floor)).nonzero()[0, 0])
-    what = "is constant" if spread[column] <= floor else "is a linear combination of others, or there are too few data"
-    raise ValueError(
-        f"the covariance of `data` is singular: number {column} of each datum {what} ({len(centred)} data of "
-        f"{len(spread)} numbers); drop it, or use covariance='low_rank' or 'diagonal'"
-    )
+def _correlation(standard: Tensor) -> Tensor:
+    """Lower Cholesky factor of the correlation of standardised data, which must not be singular."""
+    lower, _ = torch.linalg.cholesky_ex(standard.T @ standard / len(standard))
+    singular = ~(lower.diagonal() > 1e-6)
+    if bool(singular.any()):
+        number = int(singular.nonzero()[0, 0])
+        raise ValueError(
+            f"the covariance of `data` is singular: number {number} of each datum is a linear combination of others, or there "
+            f"are too few data ({len(standard)} data of {len(lower)} numbers); drop it, or use "
+            "covariance='low_rank' or 'diagonal'"
+        )
+    return lower

@@ -28,7 +28,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
-from ..distributions.linear_gaussian import LinearGaussian, regress
+from ..distributions.linear_gaussian import LinearGaussian, check_spread, regress
 from ..training import Adam, Training
 
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]
@@ -149,9 +149,11 @@ class _Linear(GenerativeModel):
         """The maximum of the likelihood where no entry is missing."""
         if not bool(batch["observed"].all()):
             return ""
-        loc, slope, residual = regress(batch["x"].flatten(1), batch.get("context"))
+        x = batch["x"].flatten(1)
+        loc, slope, residual = regress(x, batch.get("context"))
         covariance = residual.T @ residual / len(residual)
-        _check_spread(covariance.diagonal(), len(residual))
+        if len(self.unit) > 1:
+            check_spread(x, covariance.diagonal().sqrt())
         weight, variance = self._solve(covariance)
         self._take(loc, self._units(covariance.diagonal()), weight, variance)
         if self.context_dim:
@@ -170,7 +172,8 @@ class _Linear(GenerativeModel):
         mean = x.sum(0) / count
         residual = torch.where(observed, x - mean, torch.zeros_like(x))
         variances = residual.square().sum(0) / count
-        _check_spread(variances, len(x))
+        if len(self.unit) > 1:
+            check_spread(x, variances.sqrt())
         covariance = residual.T @ residual / len(x)
         with torch.no_grad():
             self._take(mean, self._units(variances), *_principal(covariance, self.latent_dim))
@@ -282,8 +285,9 @@ class FactorAnalysis(_Linear):
     .. math:: W = \Psi^{1/2} U_q (\Lambda_q - I)_+^{1/2}, \qquad -2 \langle \log p \rangle = \sum_d \log 2 \pi \psi_d
         + \sum_{i \le q} (\log \max(\lambda_i, 1) + \min(\lambda_i, 1)) + \sum_{i > q} \lambda_i
 
-    and what remains, a smooth function of :math:`\log \psi`, is minimised by L-BFGS: no expectation-maximisation. The result
-    does not depend on the units of x. Noise stays above a millionth of each number's variance.
+    and what remains, a smooth function of :math:`\log \psi`, is minimised by L-BFGS from three starts: no
+    expectation-maximisation. The result does not depend on the units of x. Noise stays above a millionth of each number's
+    variance.
 
     Shapes: x ``(N, *event_shape)``, z ``(N, latent_dim)``, context ``(N, context_dim)``. NaN in x is a missing entry: densities
     are then those of the entries observed, and ``fit`` takes steps of SVI instead.
@@ -329,16 +333,27 @@ class FactorAnalysis(_Linear):
                 (slope,) = torch.autograd.grad(value, free)
             return float(value.detach()), slope.numpy()
 
-        start = (1 - 0.5 * self.latent_dim / len(sd)) / torch.linalg.pinv(correlation, hermitian=True).diagonal()
         bounds = [(math.log(FLOOR), 0.0)] * len(sd)
         options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-7}
-        first = start.clamp(10 * FLOOR, 1.0).log().numpy()
-        found = minimize(objective, first, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        starts = [start.clamp(10 * FLOOR, 1.0).log().numpy() for start in _starts(correlation, self.latent_dim)]
+        tried = [minimize(objective, s, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for s in starts]
+        found = min(tried, key=lambda one: float(one.fun))
         noise = torch.from_numpy(found.x).exp()
         left, values = _whitened(noise, correlation)
         kept = (values[-self.latent_dim :] - 1).clamp(min=0).sqrt()
         weight = noise.sqrt()[:, None] * left[:, -self.latent_dim :] * kept
         return sd[:, None] * weight.flip(1).to(sd), sd.square() * noise.to(sd)
+
+
+def _starts(correlation: Tensor, latent_dim: int) -> list[Tensor]:
+    """Noise to start from, as there may be several optima: Joreskog's, what principal components leave, and one half."""
+    alone = 1 / torch.linalg.pinv(correlation, hermitian=True).diagonal()
+    weight, _ = _principal(correlation, latent_dim)
+    return [
+        (1 - 0.5 * latent_dim / len(correlation)) * alone,
+        correlation.diagonal() - weight.square().sum(1),
+        torch.full_like(alone, 0.5),
+    ]
 
 
 def _whitened(noise: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,13 +377,3 @@ def _principal(covariance: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
     variance = values[:-latent_dim].mean().clamp(min=0)[None]
     scale = (values[-latent_dim:] - variance).clamp(min=0).sqrt()
     return (vectors[:, -latent_dim:] * scale).flip(1), variance
-
-
-def _check_spread(variances: Tensor, num_data: int) -> None:
-    """Refuse a constant column."""
-    constant = variances <= 1e-12 * variances.max()
-    if bool(constant.any()):
-        number = int(constant.nonzero()[0, 0])
-        raise ValueError(
-            f"number {number} of each datum is constant in all {num_data} data, so its density is unbounded; drop it"
-        )
