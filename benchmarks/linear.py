@@ -32,6 +32,7 @@ UCI = {"iris (4)": (load_iris, range(1, 4)), "wine (13)": (load_wine, range(1, 9
        "breast cancer (30)": (load_breast_cancer, (2, 5, 8, 11, 14, 17, 20, 25))}  # fmt: skip
 DIGITS = (10, 20, 30, 34, 38, 42, 46, 50, 54, 56, 58, 60, 62)
 REFERENCE = {"diagonal": 30.394, "full": 49.211, "FA": 49.365, "PPCA": 49.514}
+CHOSEN = {"FA": 38, "PPCA": 58}  # by the reference
 UCI_REFERENCE = {
     "iris (4)": (-5.731, -3.369, -3.368, -3.368),
     "wine (13)": (-18.626, -15.604, -15.676, -15.605),
@@ -97,13 +98,15 @@ def digits():
     both = torch.cat([train, dequantised(split.validation, 1)])
     tests = [dequantised(split.test, 10 + number) for number in range(5)]
     for kind in REFERENCE:
-        latent = None
-        if kind in ("FA", "PPCA"):
+        choices = [None]
+        if kind in CHOSEN:
             scores = {q: Ours(kind, q).fit(train).log_prob(validation).mean() for q in DIGITS}
-            latent = max(scores, key=scores.get)
-        found = [side(kind, latent).fit(both) for side in (Ours, Sklearn)]
-        means = [np.mean([model.log_prob(test) for test in tests], 0) for model in found]
-        yield kind, latent, *(float(m.mean()) for m in means), float(means[0].std() / math.sqrt(len(means[0])))
+            best = max(scores, key=scores.get)
+            choices = [best] + [CHOSEN[kind]] * (best != CHOSEN[kind])
+        for latent in choices:
+            found = [side(kind, latent).fit(both) for side in (Ours, Sklearn)]
+            means = [np.mean([model.log_prob(test) for test in tests], 0) for model in found]
+            yield kind, latent, *(float(m.mean()) for m in means), float(means[0].std() / math.sqrt(len(means[0])))
 
 
 def standardised(train, *others):
@@ -183,7 +186,8 @@ DIGITS_HEAD = """
 | model | q, by validation | pgen, nats | ± s.e. | bits/dim | scikit-learn, nats | reference, nats |
 |---|---:|---:|---:|---:|---:|---:|"""
 UCI_HEAD = """
-The reference was measured with scikit-learn under other draws of the dequantisation noise; it took q = 58 for PPCA.
+The reference was measured with scikit-learn under other draws of the dequantisation noise, worth some 0.1 nats, and took
+q = 38 and 58, rows of their own where validation took others here.
 
 ## UCI, five folds, mean test log-likelihood (nats)
 

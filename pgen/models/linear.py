@@ -334,7 +334,7 @@ class FactorAnalysis(_Linear):
             return float(value.detach()), slope.numpy()
 
         bounds = [(math.log(FLOOR), 0.0)] * len(sd)
-        options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-7}
+        options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-11, "gtol": 1e-6}
         starts = [start.clamp(10 * FLOOR, 1.0).log().numpy() for start in _starts(correlation, self.latent_dim)]
         tried = [minimize(objective, s, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for s in starts]
         found = min(tried, key=lambda one: float(one.fun))
