@@ -404,6 +404,16 @@ def test_every_setting_survives_a_file(tmp_path):
     assert as_kernel(again.kernel.settings()).base.df == 3.5
 
 
+def test_features_of_x_and_context_survive_a_file(tmp_path):
+    kde = KernelDensity((1,), features=["continuous", ("categorical", 3)], context_dim=1, bandwidth=0.5)
+    x, kind = torch.linspace(-1, 1, 30)[:, None], torch.arange(30.0)[:, None] % 3
+    kde.fit(x, context=kind, progress=False)
+    kde.save(tmp_path / "kde.pgen")
+    again = pgen.load(tmp_path / "kde.pgen")
+    assert again.columns == kde.columns == (("categorical", 3), ("continuous", 0))
+    assert torch.equal(again.log_prob(x, kind).value, kde.log_prob(x, kind).value)
+
+
 def test_a_kernel_of_ones_own_fits_and_samples_but_has_no_name(tmp_path):
     kde = KernelDensity((2,), Logistic())
     kde.fit(normal(50, 2), **QUIET)

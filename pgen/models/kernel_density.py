@@ -145,10 +145,11 @@ class KernelDensity(GenerativeModel):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
         bandwidth = self.rule if self.given is None else self.given.tolist()
+        columns = [*self.columns[self.context_dim :], *self.columns[: self.context_dim]]  # as they are given, the context last
         return {
             "event_shape": list(self.event_shape), "kernel": self.kernel.settings(), "bandwidth": bandwidth,
             "covariance": self.covariance, "adaptive": self.adaptive, "neighbors": self.neighbors,
-            "features": [list(c) if c != CONTINUOUS else c[0] for c in self.columns], "floor": self.floor,
+            "features": [list(c) if c != CONTINUOUS else c[0] for c in columns], "floor": self.floor,
             "context_dim": self.context_dim, "count": len(self.points),
         }  # fmt: skip
 
