@@ -174,6 +174,13 @@ def test_data_beyond_the_box_of_a_spline_have_a_finite_density():
     assert bool(torch.isfinite(values).all()) and float(values[0]) > float(values[1]) > float(values[2])
 
 
+def test_the_inverse_is_judged_without_dropout():
+    flow = Flow((2,), dropout=0.5, hidden=(16,))
+    x = seeded(lambda: torch.randn(40, 2))
+    flow.fit(x, steps=5, progress=False)
+    assert float(flow.inverse_error(x).max()) < 1e-4
+
+
 def test_an_inverse_that_is_off_is_told():
     flow = Flow((2,), "continuous", hidden=(16,))
     x = seeded(lambda: torch.randn(40, 2))

@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..base import GenerativeModel
+from ..base import GenerativeModel, _evaluating
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
@@ -185,8 +185,8 @@ class Flow(GenerativeModel):
             not draws from the density; train or evaluate in float64, or with fewer or smoother maps.
         """
         batch = cast(dict[str, Tensor], self.prepare(self._batch("x", x, context)))
-        where = None if self.context_dim == 0 else self.context_norm(batch["context"])[0]
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self):
+            where = None if self.context_dim == 0 else self.context_norm(batch["context"])[0]
             standard = self.actnorm(batch["x"].flatten(1))[0]
             back = self.chain.inverse(self.chain(standard, where)[0], where)
         error = (back - standard).abs().amax(1)
