@@ -80,6 +80,19 @@ def test_states_and_most_probable_paths(likelihood, frame):
     assert torch.equal(model.viterbi(x), every[scores.argmax(1)])
 
 
+def test_paths_move_where_emissions_say_nothing():
+    model = HiddenMarkov((4,), 2, num_classes=1)  # every log-density is zero
+    model.place([1.0, 0.0], [[0.0, 1.0], [1.0, 0.0]])
+    assert model.viterbi(torch.zeros(2, 4), torch.tensor([4, 3])).tolist() == [[0, 1, 0, 1], [0, 1, 0, -1]]
+
+
+def test_smoothing_counts_frames_that_the_start_has_not_seen(monkeypatch):
+    monkeypatch.setattr(pgen.models.hidden_markov, "START_ROWS", 10)
+    model = HiddenMarkov((5,), 2, num_classes=2)
+    model.fit({"x": torch.arange(40.0).reshape(8, 5) % 2, "lengths": torch.tensor([5, 4] * 4)}, steps=1, progress=False)
+    assert float(model.components.num_data) == 36
+
+
 def test_the_same_by_enumeration_in_pyro():
     model = chain()
     x = data(model)

@@ -187,6 +187,17 @@ def test_smoothing_adds_counts():
     np.testing.assert_allclose(p.numpy(), np.array([2, 4, 1]) / 7, atol=2e-3)
 
 
+def test_smoothing_counts_data_that_the_start_has_not_seen(monkeypatch):
+    monkeypatch.setattr(pgen.models.mixture, "START_ROWS", 10)
+    x = torch.tensor([[1.0], [1.0], [1.0], [0.0]]).repeat(10, 1)
+    model = Mixture((1,), 1, smoothing=20.0)
+    model.fit(x, steps=300, compile="graph", progress=False)
+    assert float(model.log_prob(torch.ones(1, 1)).value.exp()) == pytest.approx((30 + 20) / (40 + 40), abs=1e-3)
+    mixed = Mixture((2,), 2, ["bernoulli", "categorical"], num_classes=[None, 2])
+    mixed.fit(x.expand(-1, 2), steps=1, progress=False)
+    assert [float(part.num_data) for part in mixed.components.parts] == [40, 40]
+
+
 def test_more_components_than_data_and_duplicates():
     x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [3.0, -1.0]])
     for model in (GaussianMixture((2,), 6), GaussianMixture((2,), 3, "diagonal")):

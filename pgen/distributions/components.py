@@ -107,6 +107,11 @@ class Components(nn.Module):
         """
         raise NotImplementedError
 
+    def share_smoothing(self, num_data: int) -> None:
+        """Say over how many data a fit adds the counts of its smoothing, where ``start`` has seen but some of them."""
+        if hasattr(self, "num_data"):
+            self.num_data.fill_(num_data)
+
     def features(self, x: Tensor) -> Tensor:
         """What k-means clusters data ``(N, D)`` by, ``(N, features)``: numbers of comparable size."""
         raise NotImplementedError
@@ -484,6 +489,11 @@ class Columns(Components):
         """Each kind by itself."""
         started = [(i, p.start(x[:, getattr(self, f"columns_{i}")], weight)) for i, p in enumerate(self.parts)]  # type: ignore[operator]
         return {f"{name}_{i}": value for i, values in started for name, value in values.items()}
+
+    def share_smoothing(self, num_data: int) -> None:
+        """Each kind by itself."""
+        for part in self.parts:
+            part.share_smoothing(num_data)  # type: ignore[operator]
 
     def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
         """Log-densities, ``(*batch, K)``."""

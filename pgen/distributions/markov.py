@@ -74,15 +74,23 @@ def smoothed(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor:
     return torch.stack(found[::-1], 1)
 
 
-def most_probable(initial: Tensor, transition: Tensor, emission: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The Viterbi algorithm; arguments as ``filtered``.
+def most_probable(
+    initial: Tensor, transition: Tensor, emission: Tensor, inside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The Viterbi algorithm.
 
-    Where a sequence has ended the state stays, so that the rest adds nothing.
+    Args:
+        initial: As in ``filtered``.
+        transition: The same.
+        emission: The same.
+        inside: Which positions belong to their sequence, ``(N, T)``; all by default. Behind the end of a sequence the state
+            stays, so that the rest adds nothing.
 
     Returns:
         The most probable path ``(N, T)`` and :math:`\max_z \log p(x, z)`, ``(N,)``.
     """
-    log_transition, ended = transition.double().log(), (emission == 0).all(-1)
+    log_transition = transition.double().log()
+    ended = torch.zeros_like(emission[..., 0], dtype=torch.bool) if inside is None else ~inside
     score, came = initial.double().log() + emission[:, 0], []
     stay = torch.arange(score.shape[-1], device=score.device)
     for t in range(1, emission.shape[1]):

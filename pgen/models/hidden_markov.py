@@ -187,6 +187,8 @@ class HiddenMarkov(GenerativeModel):
             tried = [memberships(seen, self.num_states, seed) for seed in seeds]
             fits = [self._start(x, inside, each) for each in tried]
             self._start(x, inside, tried[max(range(len(fits)), key=fits.__getitem__)])
+            frames = batch["lengths"].sum() if "lengths" in batch else batch["x"].shape[:2].numel()
+            self.components.share_smoothing(int(frames))
 
     def _features(self, x: Tensor, inside: Tensor) -> Tensor:
         """What frames are clustered by: themselves, or categories with their neighbours, ``(frames, features)``."""
@@ -228,8 +230,9 @@ class HiddenMarkov(GenerativeModel):
 
         def path(batch: Batch) -> Tensor:
             given = cast(dict[str, Tensor], batch)
-            found, _ = most_probable(*self._chain(), self._emissions(given))
-            return torch.where(_inside(given), found, torch.full_like(found, -1))
+            inside = _inside(given)
+            found, _ = most_probable(*self._chain(), self._emissions(given), inside)
+            return torch.where(inside, found, torch.full_like(found, -1))
 
         return self._rows(path, "viterbi", self._sequences(x, lengths), seed, progress, compile="eager")
 

@@ -205,6 +205,11 @@ class _VectorMixture(_Mixture):
         arrays = self.arrays(context)
         return arrays["weights"], _Vectors(self.components, arrays, self.event_shape)
 
+    def prime(self, data: Batch) -> None:
+        """Start at the best of ``restarts`` runs of k-means."""
+        super().prime(data)
+        self.components.share_smoothing(len(cast(dict[str, Tensor], data)["x"]))
+
     def _features(self, x: Tensor) -> Tensor:
         return self.components.features(x)
 
