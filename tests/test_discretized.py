@@ -66,6 +66,12 @@ def test_start_puts_centres_at_quantiles():
     torch.testing.assert_close(outputs[0, 2:4], torch.tensor([-0.5, 0.5], dtype=torch.float64))
 
 
+def test_start_looks_at_some_of_many_data():
+    x = torch.arange(2.0).repeat(1_000_000).expand(9, -1).reshape(-1, 1)  # more than torch takes quantiles of
+    outputs = DiscretizedLogistic((1,), 2, components=2).start(x)
+    torch.testing.assert_close(outputs[2:4], torch.tensor([-1.0, 1.0], dtype=torch.float64))
+
+
 def test_values_off_the_grid_are_refused():
     vae = pgen.models.VAE((3,), 2, (4,), likelihood="discretized_logistic_mixture", num_classes=LEVELS)
     x = torch.zeros(6, 3)
