@@ -157,6 +157,12 @@ def test_training_on_several_orders_is_the_same_in_every_tier():
     torch.testing.assert_close(*found)
 
 
+def test_columns_of_several_kinds_are_drawn_in_the_models_precision():
+    made = MADE((2,), (8,), features=["gaussian", ("categorical", 3)]).double()
+    drawn = made.sample(20, seed=0)
+    assert drawn.dtype == torch.float64 and bool((drawn[:, 0] != drawn[:, 0].float()).any())
+
+
 def test_columns_of_several_kinds():
     generator = torch.Generator().manual_seed(0)
     kind = torch.randint(0, 3, (400,), generator=generator)

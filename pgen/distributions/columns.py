@@ -3,6 +3,7 @@ r"""Columns of several kinds in one table: real, binary, and of classes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import pyro.distributions as dist
@@ -99,7 +100,9 @@ class _OneOf(dist.TorchDistribution):
         return out
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        each = torch.stack([fn.sample(torch.Size(sample_shape)).to(torch.get_default_dtype()) for fn in self.fns])
+        drawn = [fn.sample(torch.Size(sample_shape)) for fn in self.fns]
+        dtype = reduce(torch.promote_types, [d.dtype for d in drawn])  # classes are whole numbers
+        each = torch.stack([d.to(dtype) for d in drawn])
         return each.gather(0, self.which.expand(each.shape[1:]).unsqueeze(0)).squeeze(0)
 
 
