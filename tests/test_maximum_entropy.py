@@ -129,6 +129,20 @@ def test_the_law_of_four_moments_has_the_largest_entropy():
 # --- data ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_mean_of_zero_without_a_second_moment_is_found(scale):
+    laplace = MaximumEntropy((1,), ["x", "|x|"])
+    laplace.match([0.0, scale])
+    assert laplace.entropy() == pytest.approx(1 + math.log(2 * scale), abs=1e-4)
+
+
+def test_data_of_which_most_are_zero_are_found():
+    x = torch.cat([torch.zeros(60, 1), torch.linspace(1, 3, 40)[:, None]])
+    exponential = MaximumEntropy((1,), ["x"], domain="positive")
+    exponential.fit(x, progress=False)
+    assert exponential.entropy() == pytest.approx(1 + math.log(float(x.mean())), abs=1e-6)
+
+
 def test_fit_matches_the_moments_of_the_data_and_svi_agrees():
     generator = torch.Generator().manual_seed(0)
     x = -(torch.rand(300, 2, generator=generator, dtype=torch.float64).log().sum(1, keepdim=True))  # gamma, shape 2

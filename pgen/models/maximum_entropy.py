@@ -257,14 +257,19 @@ class MaximumEntropy(GenerativeModel):
         self.primed = True
 
     def _start(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Where to look for the distribution first: at its mean, if that is among the moments."""
+        """Where to look for the distribution first: at its mean, and as wide as the moments say."""
         loc, scale = torch.zeros_like(self.loc).double(), torch.ones_like(self.scale).double()
         given = dict(zip(self.names, target))
         for d in range(len(loc)):
             suffix = f"[{d}]" if len(loc) > 1 else ""
-            mean, square = given.get(f"x{suffix}"), given.get(f"x^2{suffix}")
+            mean, square, size, fourth = (given.get(f"{name}{suffix}") for name in ("x", "x^2", "|x|", "x^4"))
             if mean is not None:
-                sd = (square - mean.square() if square is not None else mean.square()).clamp(min=1e-20).sqrt()
+                sd = mean.abs()
+                if square is not None:
+                    sd = (square - mean.square()).clamp(min=1e-20).sqrt()
+                elif size is not None or fourth is not None:
+                    sd = size.abs() if size is not None else fourth.abs().pow(0.25)
+                sd = torch.where(sd > 0, sd, torch.ones_like(sd))
                 where = self.domain.place(torch.stack([mean - sd, mean, mean + sd])[:, None])
                 loc[d], scale[d] = where[0][0], where[1][0]
         return loc, scale
@@ -278,8 +283,7 @@ class MaximumEntropy(GenerativeModel):
             raise ValueError(
                 f"feature {self.names[number]!r} of data row {row} is {float(raw[row, number])}; leave the row out"
             )
-        quartiles = x.flatten(1)[:100_000].quantile(torch.tensor([0.25, 0.5, 0.75]).to(x), dim=0)
-        self._match(raw.mean(0), *self.domain.place(quartiles))
+        self._match(raw.mean(0), *self.domain.place(_quartiles(x.flatten(1))))
         return "moments matched by Newton's method on the convex dual"
 
     def prime(self, data: Batch) -> None:
@@ -407,6 +411,13 @@ class _Inside(constraints.Constraint):
 
     def __repr__(self) -> str:
         return str(self.domain)
+
+
+def _quartiles(x: Tensor) -> Tensor:
+    """Quartiles of data ``(N, D)``, ``(3, D)``; those of a Gaussian where a quarter of the data or more have one value."""
+    found = x[:100_000].quantile(torch.tensor([0.25, 0.5, 0.75]).to(x), dim=0)
+    wide = x.mean(0) + 0.6745 * x.std(0, correction=0) * torch.tensor([[-1.0], [0.0], [1.0]]).to(x)
+    return torch.where((found.diff(dim=0) > 0).all(0), found, wide)
 
 
 # --- features ------------------------------------------------------------------------------------------------------------
