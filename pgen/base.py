@@ -931,8 +931,9 @@ class GenerativeModel(_Questions, PyroModule):
         return x if self.preprocess is None else self.preprocess.inverse(x)
 
     def _event_size(self, batch: dict[str, Tensor]) -> float:
-        """How many numbers one datum has, on average."""
-        return math.prod(self.event_shape)
+        """How many numbers one datum has, on average; those that are missing are not counted."""
+        seen = batch["observed"].flatten(1).sum(1).double().mean() if "observed" in batch else 0.0
+        return float(seen) or math.prod(self.event_shape)
 
     def _stepping(self, compile: str, progress: bool) -> AbstractContextManager[None]:
         """Inside, the steps of autoregressive sites run in the tier asked for."""

@@ -137,6 +137,7 @@ def test_missing_entries_are_integrated_out(family):
     score = model.log_prob(holed)
     torch.testing.assert_close(score.value, brute_force(model, holed), rtol=0, atol=1e-9)
     assert float(score.value[3]) == pytest.approx(0, abs=1e-12)
+    assert score.event_size == pytest.approx(float((~holed.isnan()).double().sum() / 30))
     masked = model.log_prob({"x": x, "observed": ~holed.isnan()})
     torch.testing.assert_close(masked.value, score.value)
 
