@@ -23,6 +23,12 @@ def within(found, truth, errors=4.0):
 # --- between densities ---------------------------------------------------------------------------------------------------
 
 
+def test_samples_far_from_zero_lose_nothing():
+    x, y = (torch.randn(40, 2, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    near, far = (mmd(x + c, y + c, permutations=0).value for c in (0.0, 1e7))
+    assert far == pytest.approx(near, abs=1e-6)
+
+
 def test_kl_of_gaussians_is_the_closed_form():
     p = MultivariateNormal(torch.tensor([0.0, 1.0, -1.0]), torch.diag(torch.tensor([1.0, 0.5, 2.0])))
     q = MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.3)

@@ -74,9 +74,7 @@ def smoothed(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor:
     return torch.stack(found[::-1], 1)
 
 
-def most_probable(
-    initial: Tensor, transition: Tensor, emission: Tensor, inside: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def most_probable(initial: Tensor, transition: Tensor, emission: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""The Viterbi algorithm.
 
     Args:

@@ -202,7 +202,7 @@ def mmd(
     both, n = _pooled(x, y)
     check_positive("bandwidth", bandwidth, allow_none=True, integer=False)
     distance = torch.cdist(both, both)
-    scale = bandwidth or float(distance[_upper(len(both))].median())
+    scale = bandwidth or float(torch.nn.functional.pdist(both).median())
     if scale <= 0:
         raise ValueError("more than half of all distances are zero, so the median is no bandwidth; give `bandwidth`")
     kernel = (-0.5 * (distance / scale).square()).exp().fill_diagonal_(0.0)
@@ -213,11 +213,6 @@ def mmd(
     h_y = kernel[n:, n:].sum(1) / max(len(both) - n - 1, 1) - cross.mean(0)
     error = 2 * math.hypot(_error(h_x), _error(h_y))
     return Divergence("MMD²", float(found[0]), error, f"(h = {scale:.4g})", "exact", _p_value(found), (n, len(both) - n))
-
-
-def _upper(size: int) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(size, size, 1)
-    return rows, columns
 
 
 def _mmd_of(kernel: Tensor, groups: Tensor) -> Tensor:
@@ -373,7 +368,7 @@ def _resampled(size: int, resamples: int, generator: torch.Generator) -> Tensor:
 
 
 def _pooled(x: Any, y: Any, most: int | None = _MOST_POINTS) -> tuple[Tensor, int]:
-    """Both samples as rows of one float64 matrix, and how many are the first's."""
+    """Both samples as rows of one float64 matrix, less the mean of all, and how many are the first's."""
     samples = []
     for name, value in (("x", x), ("y", y)):
         array = as_batch(value)
@@ -387,7 +382,8 @@ def _pooled(x: Any, y: Any, most: int | None = _MOST_POINTS) -> tuple[Tensor, in
         shapes = " and ".join(str(tuple(s.shape[1:])) for s in samples)
         raise ValueError(f"`x` and `y` should be of one event shape, got {shapes}")
     rows = [s.double().reshape(len(s), -1) for s in samples]
-    return torch.cat([rows[0], rows[1].to(rows[0].device)]), len(rows[0])
+    both = torch.cat([rows[0], rows[1].to(rows[0].device)])
+    return both - both.mean(0), len(rows[0])
 
 
 def _groups(n: int, total: int, permutations: int, seed: Seed) -> Tensor:
