@@ -109,8 +109,8 @@ class Components(nn.Module):
 
     def share_smoothing(self, num_data: int) -> None:
         """Say over how many data a fit adds the counts of its smoothing, where ``start`` has seen but some of them."""
-        if hasattr(self, "num_data"):
-            self.num_data.fill_(num_data)
+        if isinstance(known := getattr(self, "num_data", None), Tensor):
+            known.fill_(num_data)
 
     def features(self, x: Tensor) -> Tensor:
         """What k-means clusters data ``(N, D)`` by, ``(N, features)``: numbers of comparable size."""

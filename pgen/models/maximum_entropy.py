@@ -267,8 +267,10 @@ class MaximumEntropy(GenerativeModel):
                 sd = mean.abs()
                 if square is not None:
                     sd = (square - mean.square()).clamp(min=1e-20).sqrt()
-                elif size is not None or fourth is not None:
-                    sd = size.abs() if size is not None else fourth.abs().pow(0.25)
+                elif size is not None:
+                    sd = size.abs()
+                elif fourth is not None:
+                    sd = fourth.abs().pow(0.25)
                 sd = torch.where(sd > 0, sd, torch.ones_like(sd))
                 where = self.domain.place(torch.stack([mean - sd, mean, mean + sd])[:, None])
                 loc[d], scale[d] = where[0][0], where[1][0]
