@@ -344,7 +344,7 @@ def _held_out(source: str, seed: int, *, test: bool) -> list[Loaded]:
     held = round(VALIDATION_SHARE * len(x))
     tested = held + round(TEST_SHARE * len(x)) if test else held
     if not held:
-        raise ValueError(f"{source} has {len(x)} rows; a family needs at least 5, some of which are held out")
+        raise ValueError(f"{source} has {len(x)} rows; a family needs at least 6, some of which are held out")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = [order[tested:], order[:held], order[held:tested]][: 3 if test else 2]
     return [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in parts]

@@ -451,6 +451,11 @@ BAD = {
     "features": (lambda: KernelDensity((2,), features=["continuous"]), r"`features` has 1 entries for 2"),
     "before": (lambda: KernelDensity((2,)).log_prob(normal(3, 2)), r"no points yet; call fit"),
     "given": (lambda: fitted().conditional_log_prob(normal(3, 2), [0, 1]), r"`given` should be some, not all"),
+    "codes": (
+        lambda: mixed_fit().conditional([0, 1], [[0.0, 0.0], [1.0, -1.0]]),
+        r"`values` row 1 holds -1 in column 1, declared as categorical with values 0 to 2",
+    ),
+    "nan_given": (lambda: fitted().conditional([0], [[math.nan]]), r"values row 0, column 0 is nan"),
     "exponential": (lambda: fitted("exponential").conditional_log_prob(normal(3, 2), [0]), r"no marginals in closed form"),
     "neighbors": (lambda: KernelDensity((2,), neighbors=3), r"goes with adaptive='nearest'"),
 }
@@ -459,6 +464,12 @@ BAD = {
 def fitted(kernel="gaussian"):
     kde = KernelDensity((2,), kernel, 1.0)
     kde.fit(normal(9, 2))
+    return kde
+
+
+def mixed_fit():
+    kde = KernelDensity((4,), features=MIXED, bandwidth=1.0)
+    kde.fit(mixed())
     return kde
 
 

@@ -289,6 +289,18 @@ def test_a_component_should_be_a_model():
         MixtureOf([3])
 
 
+def test_placing_a_low_rank_draws_nothing_from_the_global_generator():
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = GaussianMixture((3,), 2, "low_rank", rank=1)
+        model.place([0.5, 0.5], torch.zeros(2, 3), torch.ones(2, 3))
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(model.log_prob(torch.ones(1, 3)).value)
+    assert torch.equal(*found)
+
+
 def test_floors_leave_values_alone():
     x = blobs(10)
     values = [placed(by_em(x, 2, "full"), 3, "full", floor=floor).log_prob(x).value for floor in (0.0, 0.3)]

@@ -185,9 +185,14 @@ def test_mu_law_and_back():
     assert float((mu_law_inverse(mu_law(x)) - x).abs().max()) < 0.03
     with pytest.raises(ValueError, match=r"`x` should lie in \[-1, 1\], got 40; divide it"):
         mu_law(torch.tensor([3.0, -40.0]))
+    with pytest.raises(ValueError, match="should lie in"):
+        mu_law(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match="`levels` should be 2 or more, got 1"):
+        mu_law(torch.zeros(1), levels=1)
 
 
 def test_padding_and_windows():
+    assert pad([[1, 2], [0.5]])["x"].tolist() == [[1.0, 2.0], [0.5, 0.0]]
     found = pad([torch.ones(2, 3), torch.ones(4, 3)])
     assert found["x"].shape == (2, 4, 3) and found["lengths"].tolist() == [2, 4] and float(found["x"].sum()) == 18
     assert windows(torch.zeros(10, 3), 4).shape == (2, 4, 3)

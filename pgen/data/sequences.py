@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def pad(sequences: Sequence[Any], length: int | None = None) -> dict[str, Tensor
             raise ValueError(
                 f"sequence {i} has elements of shape {tuple(part.shape[1:])}, the first {tuple(parts[0].shape[1:])}"
             )
-    x = parts[0].new_zeros((len(parts), longest, *parts[0].shape[1:]))
+    dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+    x = parts[0].new_zeros((len(parts), longest, *parts[0].shape[1:]), dtype=dtype)
     for row, part in zip(x, parts):
         row[: len(part)] = part
     return {"x": x, "lengths": lengths}
@@ -91,10 +93,10 @@ def mu_law(x: Any, levels: int = 256) -> Tensor:
         >>> mu_law(torch.tensor([-1.0, -0.01, 0.0, 0.01, 1.0]))
         tensor([  0,  98, 128, 157, 255])
     """
-    check_positive("levels", levels)
+    _check_levels(levels)
     x = torch.as_tensor(x)
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-    if bool((x.abs() > 1).any()):
+    if not bool((x.abs() <= 1).all()):
         worst = float(x.abs().max())
         raise ValueError(f"`x` should lie in [-1, 1], got {worst:g}; divide it by its largest value (int16 by 32768)")
     mu = levels - 1
@@ -109,6 +111,12 @@ def mu_law_inverse(classes: Any, levels: int = 256) -> Tensor:
         >>> mu_law(mu_law_inverse(torch.arange(256))).equal(torch.arange(256))
         True
     """
-    check_positive("levels", levels)
+    _check_levels(levels)
     y = 2 * (torch.as_tensor(classes).to(torch.get_default_dtype()) + 0.5) / levels - 1
     return y.sign() * torch.expm1(y.abs() * math.log(levels)) / (levels - 1)
+
+
+def _check_levels(levels: int) -> None:
+    check_positive("levels", levels)
+    if levels < 2:
+        raise ValueError(f"`levels` should be 2 or more, got {levels}")

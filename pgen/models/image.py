@@ -240,7 +240,7 @@ class ImageModel(GenerativeModel):
         check_event_shape("x", x, self.event_shape)
         given = self._like(torch.where(torch.isnan(x), torch.zeros_like(x), x))
         self._check_numbers("x", given)
-        batch = {"x": given, "observed": ~torch.isnan(x)}
+        batch = {"x": given, "observed": ~torch.isnan(x).to(given.device)}
         most = max(1, SAMPLE_ROWS // count)
         draw = partial(_infilled, count)
         return self._drawn(draw, "infill", batch, context, most, seed, "eager", progress)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..base import GenerativeModel
 from ..contracts import Batch, Measure, Run, Score, Seed, as_seed, check_choice, check_positive
-from ..data.arrays import as_batch, is_source
+from ..data.arrays import as_batch, check_finite, is_source
 from ..data.batches import key
 from ..data.transforms import Transform
 from ..distributions.kernel_mixture import CONTINUOUS, Column, KernelMixture
@@ -354,6 +354,8 @@ class KernelDensity(GenerativeModel):
             raise ValueError(
                 f"`values` should have shape (B, {known}), one for each column in `given`, got {tuple(values.shape)}"
             )
+        check_finite(values, "values")
+        self._check_codes("values", values, order[:known])
         real = [self.real.index(i) for i in order if i in self.real]
         codes = [i for i in range(len(self.columns)) if i not in self.real]
         scale = self.bandwidth
@@ -403,15 +405,20 @@ class KernelDensity(GenerativeModel):
     def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
         batch = super()._checked(argument, x, context, numbers)
         whole = torch.cat([batch["context"], batch["x"].flatten(1)], 1) if self.context_dim else batch["x"].flatten(1)
-        for i, (kind, size) in enumerate(self.columns):
-            bad = (whole[:, i] != whole[:, i].round()) | (whole[:, i] < 0) | (whole[:, i] >= size)
+        self._check_codes(argument, whole, range(len(self.columns)))
+        return batch
+
+    def _check_codes(self, argument: str, values: Tensor, columns: Sequence[int]) -> None:
+        """Refuse values ``(N, len(columns))`` of these columns that their kernels do not know."""
+        for i, value in zip(columns, values.unbind(1)):
+            kind, size = self.columns[i]
+            bad = (value != value.round()) | (value < 0) | (value >= size)
             if kind != CONTINUOUS[0] and bool(bad.any()):
                 row = int(bad.nonzero()[0, 0])
                 raise ValueError(
-                    f"`{argument}` row {row} holds {float(whole[row, i]):g} in column {i}, declared as {kind} with values "
+                    f"`{argument}` row {row} holds {float(value[row]):g} in column {i}, declared as {kind} with values "
                     f"0 to {size - 1}; declare more values, or number the categories 0, 1, ..."
                 )
-        return batch
 
     def _asked(self, seed: Seed, compile: str, progress: bool) -> dict[str, Any]:
         self._refuse_empty()

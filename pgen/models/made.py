@@ -196,7 +196,8 @@ class MADE(GenerativeModel):
         check_positive("num_particles", num_particles)
         x, count = torch.as_tensor(x), int(num_particles)
         check_event_shape("x", x, self.event_shape)
-        batch = {"x": self._like(torch.where(x.isnan(), torch.zeros_like(x), x)), "observed": ~x.isnan()}
+        known = self._like(torch.where(x.isnan(), torch.zeros_like(x), x))
+        batch = {"x": known, "observed": ~x.isnan().to(known.device)}
         check_support("`x`", self.distribution(), batch["x"])
         where = self._told(context, len(x))
         batch = batch if where is None else {**batch, "context": where}

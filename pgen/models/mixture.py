@@ -26,6 +26,7 @@ from torch.distributions.constraints import Constraint
 
 from ..base import FAMILIES, GenerativeModel
 from ..contracts import Batch, NotAvailable, Seed, check_positive, nearest
+from ..data.batches import key
 from ..data.transforms import Transform
 from ..distributions.components import (
     Arrays,
@@ -303,7 +304,8 @@ class GaussianMixture(_VectorMixture):
         shapes = {"full": (-1, gaussians.size, gaussians.size), "tied": (1, gaussians.size, gaussians.size)}
         columns = 1 if gaussians.covariance == "spherical" else gaussians.size
         covariances = covariances.reshape(shapes.get(gaussians.covariance, (-1, columns)))
-        values = gaussians.place(means.to(like.device), covariances.to(like.device))
+        with keyed_rng(key(0, "place"), like.device):  # a low rank starts at random factors
+            values = gaussians.place(means.to(like.device), covariances.to(like.device))
         self.arrays.set({"weights": weights.log(), **values})
         self.primed = True
 
