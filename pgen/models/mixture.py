@@ -304,7 +304,7 @@ class GaussianMixture(_VectorMixture):
         shapes = {"full": (-1, gaussians.size, gaussians.size), "tied": (1, gaussians.size, gaussians.size)}
         columns = 1 if gaussians.covariance == "spherical" else gaussians.size
         covariances = covariances.reshape(shapes.get(gaussians.covariance, (-1, columns)))
-        with keyed_rng(key(0, "place"), like.device):  # a low rank starts at random factors
+        with keyed_rng(key(0, "place"), gaussians.centre.device):  # a low rank starts at random factors
             values = gaussians.place(means.to(like.device), covariances.to(like.device))
         self.arrays.set({"weights": weights.log(), **values})
         self.primed = True
