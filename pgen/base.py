@@ -785,7 +785,8 @@ class GenerativeModel(_Questions, PyroModule):
         for name, data in (("training", batch), ("validation", None if validation is None else self._placed(validation))):
             if data is None:
                 continue
-            rows, _ = self.bound_rows(self.default_objective(), data, lambda: None)
+            with keyed_rng(key(seed, name), device):
+                rows, _ = self.bound_rows(self.default_objective(), data, lambda: None)
             mean, error = float(rows.double().mean()), float(rows.double().std() / math.sqrt(len(rows)))
             if name == "training":
                 run.history = {"step": np.zeros(1), "epoch": np.ones(1), "loss": np.array([-mean])}

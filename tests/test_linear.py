@@ -129,6 +129,13 @@ def test_annealing_the_joint_model_finds_the_marginal():
 
 
 @BOTH
+def test_a_closed_form_leaves_the_global_generator_alone(family):
+    x, before = data(30, 5), torch.get_rng_state()
+    fitted(family, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@BOTH
 def test_missing_entries_are_integrated_out(family):
     x = data(30, 5)
     model, _ = fitted(family, x)
