@@ -66,8 +66,10 @@ from .programs import (
     isolated,
     keyed_rng,
     localize,
+    measure_of,
     python_state,
     rows_at,
+    run_distributions,
     run_latents,
     run_pair,
     run_program,
@@ -555,6 +557,8 @@ class GenerativeModel(_Questions, PyroModule):
 
     def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
         super().__init__()
+        if not isinstance(event_shape, Sequence):
+            raise TypeError(f"`event_shape` should be a tuple of sizes such as (2,) or (28, 28), got {event_shape!r:.60}")
         self.event_shape = tuple(int(n) for n in event_shape)
         if not self.event_shape or any(n < 1 for n in self.event_shape):
             raise ValueError(f"`event_shape` should be positive sizes such as (28, 28), got {tuple(event_shape)}")
@@ -590,7 +594,7 @@ class GenerativeModel(_Questions, PyroModule):
               )
             )
         """
-        x = as_batch(x)
+        x = as_batch(x, name="x")
         if not isinstance(x, Tensor) or x.dim() < 2:
             raise TypeError(f"`x` should be one array of data, (N, *event_shape), got {type(x).__name__}")
         accepted = inspect.signature(cls).parameters
@@ -809,11 +813,15 @@ class GenerativeModel(_Questions, PyroModule):
         given: dict[str, Any] = {}
         if isinstance(x, dict):
             given, x, context = x, self._named(argument, x), x.get("context", context)
-        x = as_batch(x)
+        x = as_batch(x, name=argument)
         _refuse_source(argument, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"`{argument}` should be one tensor or array of x, got {type(x).__name__}")
         check_event_shape(argument, x, self.event_shape)
+        if x.is_complex():
+            raise TypeError(
+                f"`{argument}` should hold real numbers, got {x.dtype}; give real and imaginary parts as two numbers"
+            )
         if len(x) == 0:
             raise ValueError(f"`{argument}` is empty: shape {tuple(x.shape)}")
         dtype = next(self.parameters()).dtype
@@ -864,7 +872,7 @@ class GenerativeModel(_Questions, PyroModule):
             )
         if not self.context_dim:
             raise ValueError("this model was made without context; make it with context_dim=... to condition on one")
-        context = torch.as_tensor(as_batch(context))
+        context = torch.as_tensor(as_batch(context, name="context"))
         check_event_shape("context", context, (self.context_dim,))
         if len(context) != length and len(context) != 1:
             raise ValueError(f"`context` has {len(context)} rows for {length} data; give one row a datum, or one for all")
@@ -875,24 +883,23 @@ class GenerativeModel(_Questions, PyroModule):
         reference = next(self.parameters())
         return x.to(reference.device, reference.dtype)
 
-    def _observed(self, batch: Batch) -> tuple[Batch, Term | None]:
-        """The preprocessed batch, and the observed site at its first row."""
+    def _observed(self, batch: Batch) -> tuple[Batch, Any]:
+        """The preprocessed batch, and the distribution of x at its first row."""
         with isolated(self.home), keyed_rng(0, _device(batch)), _evaluating(self), torch.no_grad():
             prepared = self.prepare(batch)
-            return prepared, run_pair(*self.programs(), take(prepared, slice(0, 1))).model.get("x")
+            return prepared, run_distributions(*self.programs(), take(prepared, slice(0, 1))).get("x")
 
     def _measure(self, batch: Batch) -> Measure:
         """Whether this family gives these data a density or a mass."""
         if self.preprocess is not None and self.preprocess.kind == "lower_bound":  # a density that bounds a mass
             return "mass"
-        site = self._observed(take(batch, slice(0, 1)))[1]
-        return "" if site is None else site.measure
+        return measure_of(self._observed(take(batch, slice(0, 1)))[1])
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
-        prepared, site = self._observed(batch)
-        if site is None:
+        prepared, fn = self._observed(batch)
+        if fn is None:
             return None
-        where, fn = "model site 'x'", site.fn
+        where = "model site 'x'"
         check_support(where, fn, cast(dict[str, Any], prepared)["x"], numbers=numbers)
         if self.preprocess is not None:  # it may draw noise, which a thread beside training must not
             return None

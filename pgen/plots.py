@@ -74,7 +74,14 @@ def plot_bound(run: Run) -> Figure:
     return figure
 
 
-def density(model: Any, data: Any = None, *, limits: Sequence[float] | None = None, num_points: int = 120) -> Figure:
+def density(
+    model: Any,
+    data: Any = None,
+    *,
+    limits: Sequence[float] | None = None,
+    num_points: int = 120,
+    names: Sequence[str] | None = None,
+) -> Figure:
     r"""A density in the plane: shaded, with the contours that enclose 50, 90 and 99 % of its mass, and data on top.
 
     Args:
@@ -82,13 +89,16 @@ def density(model: Any, data: Any = None, *, limits: Sequence[float] | None = No
         data: Points to draw, ``(N, 2)``.
         limits: (left, right, bottom, top); by default those of the data, or of 1000 samples, and a tenth more on each side.
         num_points: Points of the grid along each axis.
+        names: Of the two numbers.
 
     Raises:
-        ValueError: If data or samples are not points of the plane.
+        ValueError: If data or samples are not points of the plane, or ``names`` are not two.
     """
     import torch
 
     check_positive("num_points", num_points)
+    if names is not None and len(names) != 2:
+        raise ValueError(f"`names` should be two, one for each axis, got {len(names)}")
     points = None if data is None else _array("data", data)
     where = _array("model.sample(1000)", model.sample(1000)) if points is None and limits is None else points
     for name, x in (("data", points), ("model", where)):
@@ -108,7 +118,7 @@ def density(model: Any, data: Any = None, *, limits: Sequence[float] | None = No
     if points is not None:
         ax.plot(*points[:2000].T, ".", color=ORANGE, markersize=2, alpha=0.5)
     ax.set(xlim=(left, right), ylim=(bottom, top))
-    _label(ax, "$x_1$", "$x_2$", "Density; contours hold 50, 90 and 99 % of the mass in view")
+    _label(ax, *(names or ("$x_1$", "$x_2$")), "Density; contours hold 50, 90 and 99 % of the mass in view")
     return figure
 
 

@@ -51,8 +51,10 @@ __all__ = [
     "isolated",
     "keyed_rng",
     "localize",
+    "measure_of",
     "python_state",
     "rows_at",
+    "run_distributions",
     "run_latents",
     "run_model",
     "run_pair",
@@ -303,10 +305,7 @@ class Term:
     @property
     def measure(self) -> Measure:
         """Whether the site has a density or a mass; empty where its distribution does not say."""
-        try:
-            return "mass" if self.fn.support.is_discrete else "density"
-        except (NotImplementedError, AttributeError):  # torch's and Pyro's ways of having no support
-            return ""
+        return measure_of(self.fn)
 
     @property
     def local(self) -> bool:
@@ -451,6 +450,21 @@ def run_pair(
     with ReplayMessenger(trace=guide_trace), enumerating(guide_trace.nodes):
         model_trace = _trace(model, batch)
     return _traces(model_trace, guide_trace, double, held(guide, batch, _values(guide_trace), double=double) if hold else None)
+
+
+def run_distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> dict[str, Any]:
+    """Distributions of the model's sites at a draw of the guide. No value is scored, so it may lie outside its support."""
+    guide_trace = _trace(guide, batch)
+    with ReplayMessenger(trace=guide_trace), enumerating(guide_trace.nodes):
+        return {name: site["fn"] for name, site in _sites(_trace(model, batch))}
+
+
+def measure_of(fn: Any) -> Measure:
+    """Whether a distribution has a density or a mass; empty where it does not say."""
+    try:
+        return "mass" if fn.support.is_discrete else "density"
+    except (NotImplementedError, AttributeError):  # torch's and Pyro's ways of having no support
+        return ""
 
 
 def _traces(

@@ -62,7 +62,8 @@ __all__ = [
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
 COMPARISON = "comparison.json"
-PICTURES = ("bound.png", "samples.png", "reconstructions.png", "latent.png")
+PICTURES = ("bound.png", "samples.png", "density.png", "reconstructions.png", "latent.png")
+OF_LATENTS = ("reconstructions.png", "latent.png")
 SCHEMA = 1
 VALIDATION_SHARE = 0.1
 """Of data without a split of their own, drawn by the seed: held out while a family is fitted."""
@@ -455,7 +456,8 @@ def _draw(out: Path, subject: Subject, fitted: Run) -> tuple[list[str], dict[str
             pgen.plots.save(draw(), out / name)
             drawn.append(name)
         except pgen.NotAvailable as reason:
-            reasons[name] = str(reason)
+            if name not in OF_LATENTS:  # a family without latents lacks nothing
+                reasons[name] = str(reason)
     return drawn, reasons
 
 
@@ -469,6 +471,10 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
     train: Any = subject.train
     few, many = (24, 64) if train.dim() > 2 else (500, 1000)
     shown, names = train[:few] if subject.validation is None else subject.validation[:few], subject.about["data"]["columns"]
+    if train.shape[1:] == (2,) and model.has_density:
+        score = model.log_prob(train[:2], progress=False)
+        if (score.kind, score.measure) == ("exact", "density"):
+            pictures["density.png"] = lambda: plots.density(model, train, names=names)
     return pictures | {
         "samples.png": lambda: plots.sample_grid(model.sample(many, seed=fitted.seed), reference=train[:many], names=names),
         "reconstructions.png": lambda: plots.reconstructions(shown, model.reconstruct(shown)),

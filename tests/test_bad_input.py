@@ -12,6 +12,7 @@ import torch
 from cases import CASES, gaussian_guide, gaussian_model
 
 import pgen
+from pgen import models
 from pgen.models import VAE, Autoencoder
 
 
@@ -500,3 +501,51 @@ def test_loading_leaves_the_random_state_alone(saved):
     before = torch.get_rng_state()
     pgen.load(saved)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        lambda: models.WaveNet((6,), num_classes=3, channels=4, dilations=(1,)),
+        lambda: models.CausalTransformer((6,), num_classes=3, width=8, layers=1, heads=2),
+        lambda: models.MADE((6,), hidden=(8,), likelihood="categorical", num_classes=3),
+        lambda: models.PixelRNN((2, 3), 4, layers=1, likelihood="categorical", num_classes=3),
+    ],
+    ids=["wavenet", "transformer", "made", "pixel_rnn"],
+)
+def test_a_class_that_a_network_has_not_is_named_before_it_is_looked_up(family):
+    model = family()
+    x = torch.zeros(5, *model.event_shape)
+    x[4].view(-1)[1] = 3
+    with refused(r"model site 'x': data row 4 holds 3, outside the support"):
+        model.log_prob(x)
+    with refused(r"data row 0 holds 3"):
+        model.log_prob(x[4:])
+
+
+def test_a_question_names_its_own_argument():
+    model = models.Gaussian((2,))
+    with refused("`x` is ragged"):
+        model.log_prob([[1.0, 2.0], [3.0]])
+    with refused("`x` has no rows"):
+        model.log_prob(torch.zeros(0, 2))
+    with refused("`data` has no rows"):
+        model.fit(torch.zeros(0, 2))
+
+
+def test_complex_numbers_are_refused():
+    x = torch.zeros(5, 2, dtype=torch.complex64)
+    with refused("`data` should hold real numbers, got torch.complex64", TypeError):
+        models.Gaussian((2,)).fit(x)
+
+
+@pytest.mark.parametrize("shape", [2, None])
+def test_an_event_shape_is_a_tuple(shape):
+    with refused(rf"`event_shape` should be a tuple of sizes such as \(2,\) or \(28, 28\), got {shape}", TypeError):
+        models.Gaussian(shape)
+
+
+def test_moments_of_a_number_that_never_varies_are_told_from_others():
+    x = torch.stack([torch.linspace(-1.0, 1.0, 20), torch.full((20,), 7.0)], 1)
+    with refused("number 1 of each datum is constant, 7 in all 20 data: drop it"):
+        models.MaximumEntropy((2,)).fit(x)

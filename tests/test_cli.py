@@ -92,7 +92,9 @@ def answer(capsys, *arguments, code=0):
 
 
 def test_fit_writes_the_model_the_record_and_pictures(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted([runs.MODEL, runs.RECORD, *runs.PICTURES])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [runs.MODEL, runs.RECORD, *(name for name in runs.PICTURES if name != "density.png")]
+    )
     model, record = runs.open_run(folder, None)
     assert record["model"]["settings"]["latent_dim"] == 3
     assert record["data"]["prepared"] == {"binarised_at": 0.5}
@@ -204,6 +206,14 @@ def test_an_autoencoder_says_which_pictures_it_cannot_draw(capsys, tmp_path):
     assert list(got["not_drawn"]) == ["samples.png"]
     assert "autoencoder" in got["not_drawn"]["samples.png"]
     assert cli.run(["sample", str(tmp_path / "run")]) == 2
+
+
+def test_a_density_in_the_plane_is_drawn_and_a_family_without_latents_lacks_no_picture(capsys, tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="height,weight", comments="")
+    got = answer(capsys, "fit", tmp_path / "t.csv", "--model", "gaussian", "--out", tmp_path / "run")
+    assert got["files"] == ["model.pgen", "run.json", "density.png", "samples.png"] and got["not_drawn"] == {}
+    assert (tmp_path / "run" / "density.png").stat().st_size > 1000
 
 
 def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):

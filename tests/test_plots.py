@@ -238,3 +238,7 @@ def test_density_encloses_the_mass_that_its_contours_say():
     assert points.shape == (50, 2)
     with pytest.raises(ValueError, match=r"`data` should be points of the plane, shape \(N, 2\), got \(5, 3\)"):
         plots.density(target, np.zeros((5, 3)))
+    named = plots.density(target, limits=(-4, 4, -4, 4), num_points=5, names=("height", "weight")).axes[0]
+    assert (named.get_xlabel(), named.get_ylabel()) == ("height", "weight")
+    with pytest.raises(ValueError, match="`names` should be two, one for each axis, got 1"):
+        plots.density(target, names=("height",))

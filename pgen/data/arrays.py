@@ -32,7 +32,7 @@ __all__ = [
 _SAMPLED_ROWS = 1024  # of a data source, for its fingerprint
 
 
-def as_batch(data: Any, dtype: torch.dtype | None = None) -> Any:
+def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") -> Any:
     """Turn arrays into tensors.
 
     Takes tensors, NumPy arrays, lists of numbers, pandas frames and series, tuples and dicts of these. A DataSource is
@@ -42,6 +42,7 @@ def as_batch(data: Any, dtype: torch.dtype | None = None) -> Any:
         data: The arrays. Tensors keep their dtype. Of the others, floats become torch's default dtype (float64 included:
             ask for it by ``dtype``), integers int64, truth values bool.
         dtype: Floating dtype of every floating array, tensors included.
+        name: Of the argument, for messages.
 
     Returns:
         A Batch (or the DataSource). Float32 and int64 NumPy arrays share their memory with it.
@@ -52,15 +53,15 @@ def as_batch(data: Any, dtype: torch.dtype | None = None) -> Any:
     """
     if is_source(data):
         return data
-    batch = _convert("data", data, dtype)
-    lengths = {name: len(tensor) for name, tensor in _leaves("data", batch)}
+    batch = _convert(name, data, dtype)
+    lengths = {path: len(tensor) for path, tensor in _leaves(name, batch)}
     if not lengths:
-        raise ValueError("`data` is an empty collection; give at least one array")
+        raise ValueError(f"`{name}` is an empty collection; give at least one array")
     if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"the arrays of `data` differ in length along axis 0: {listed}")
+        listed = ", ".join(f"{path} {length}" for path, length in lengths.items())
+        raise ValueError(f"the arrays of `{name}` differ in length along axis 0: {listed}")
     if not next(iter(lengths.values())):
-        raise ValueError("`data` has no rows")
+        raise ValueError(f"`{name}` has no rows")
     return batch
 
 

@@ -285,7 +285,10 @@ class MaximumEntropy(GenerativeModel):
             raise ValueError(
                 f"feature {self.names[number]!r} of data row {row} is {float(raw[row, number])}; leave the row out"
             )
-        self._match(raw.mean(0), *self.domain.place(_quartiles(x.flatten(1))))
+        try:
+            self._match(raw.mean(0), *self.domain.place(_quartiles(x.flatten(1))))
+        except ValueError as error:
+            raise ValueError(f"{error}{_constant(x.flatten(1))}") from error
         return "moments matched by Newton's method on the convex dual"
 
     def prime(self, data: Batch) -> None:
@@ -363,6 +366,15 @@ class MaximumEntropy(GenerativeModel):
             f"no distribution that covers the domain has {wanted[:200]} together{tails}; correct the moments, give more data, "
             "or choose other features"
         )
+
+
+def _constant(x: Tensor) -> str:
+    """What to say where moments cannot be matched because a number never varies; empty where all do."""
+    constant = (x.amin(0) == x.amax(0)).nonzero()
+    if not len(constant):
+        return ""
+    number = int(constant[0, 0])
+    return f" (number {number} of each datum is constant, {float(x[0, number]):g} in all {len(x)} data: drop it)"
 
 
 class ExponentialFamily(dist.TorchDistribution):
