@@ -118,7 +118,8 @@ def density(
     if points is not None:
         ax.plot(*points[:2000].T, ".", color=ORANGE, markersize=2, alpha=0.5)
     ax.set(xlim=(left, right), ylim=(bottom, top))
-    _label(ax, *(names or ("$x_1$", "$x_2$")), "Density; contours hold 50, 90 and 99 % of the mass in view")
+    across, up = ("$x_1$", "$x_2$") if names is None else names
+    _label(ax, across, up, "Density; contours hold 50, 90 and 99 % of the mass in view")
     return figure
 
 
