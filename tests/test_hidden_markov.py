@@ -177,6 +177,19 @@ def test_the_next_frame_has_a_density_and_draws(likelihood, frame):
         assert found.sample().shape == x[:, 3].shape
 
 
+def test_the_next_frame_of_several_kinds_is_a_ratio_of_densities():
+    model = HiddenMarkov((4, 3), 2, ["gaussian", "bernoulli", "categorical"], num_classes=[None, None, 3], seed=3)
+    parts = torch.arange(20).reshape(5, 4)
+    x = torch.stack([parts / 10 - 1, parts % 2, parts % 3], -1)
+    fn = model.next(x[:, :2])
+    assert fn.batch_shape == (5,) and fn.sample((7,)).shape == (7, 5, 3)
+    two, three = (model.log_prob({"x": x, "lengths": torch.full((5,), n)}).value for n in (2, 3))
+    torch.testing.assert_close(fn.log_prob(x[:, 2]).double(), three - two, rtol=1e-5, atol=1e-5)
+    grid = torch.cartesian_prod(torch.arange(-8, 8, 0.05), torch.ones(1), torch.arange(3.0))  # the second number is one
+    share = float(fn.log_prob(grid[:, None].expand(-1, 5, -1)).exp().sum(0)[0] * 0.05)
+    assert float(fn.sample((4000,))[:, 0, 1].mean()) == pytest.approx(share, abs=0.03)
+
+
 def test_samples_move_as_the_chain_does():
     model = HiddenMarkov((50,), 2, num_classes=2)
     model.place([1.0, 0.0], [[0.9, 0.1], [0.3, 0.7]])

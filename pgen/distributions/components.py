@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import pyro.distributions as dist
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "Components",
     "GaussianComponents",
     "InComponent",
+    "OfComponents",
     "Table",
     "gradient_alone",
     "standardised",
@@ -595,6 +596,35 @@ class Table(Protocol):
 
     def sample(self, z: Tensor) -> Tensor:
         """``(*z.shape, *event_shape)``."""
+
+
+class OfComponents(dist.TorchDistribution):
+    """A vector from a component that is drawn by weights.
+
+    Args:
+        weights: Probabilities of the components, ``(*batch, K)``.
+        components: What they are.
+        arrays: Their arrays, without axes of a batch.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(self, weights: Tensor, components: Components, arrays: Values) -> None:
+        self.weights, self.components, self.arrays = weights, components, arrays
+        super().__init__(weights.shape[:-1], torch.Size([components.size]), validate_args=False)
+
+    @property
+    def support(self) -> Constraint:
+        """Of each number."""
+        return cast(Constraint, self.components.support)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density in nats, ``(*batch,)``."""
+        return torch.logsumexp(self.weights.log() + self.components.log_prob(x, self.arrays), -1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A component, then what it makes."""
+        return self.components.sample(self.arrays, dist.Categorical(self.weights).sample(torch.Size(sample_shape)))
 
 
 class InComponent(dist.TorchDistribution):

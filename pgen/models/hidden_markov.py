@@ -23,10 +23,18 @@ import torch
 from torch import Tensor
 
 from ..base import GenerativeModel
-from ..contracts import Batch, NotAvailable, Seed, check_event_shape, check_positive
+from ..contracts import Batch, NotAvailable, Seed, check_choice, check_event_shape, check_positive
 from ..data.arrays import as_batch, check_finite
 from ..data.transforms import Transform
-from ..distributions.components import Arrays, BernoulliComponents, CategoricalComponents, gradient_alone, vector_components
+from ..distributions.components import (
+    Arrays,
+    BernoulliComponents,
+    CategoricalComponents,
+    Columns,
+    OfComponents,
+    gradient_alone,
+    vector_components,
+)
 from ..distributions.events import with_event_shape
 from ..distributions.markov import HiddenMarkovChain, emissions, filtered, most_probable, smoothed
 from ..training.fit import Training
@@ -48,7 +56,7 @@ class HiddenMarkov(GenerativeModel):
         num_states: K.
         likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``, or a list of these, one for each number of a frame.
         num_classes: Values of categories.
-        covariance: Of Gaussian frames, as in ``GaussianMixture``.
+        covariance: Of Gaussian frames: ``"full"``, ``"diagonal"``, ``"spherical"`` or ``"tied"``, as in ``GaussianMixture``.
         smoothing: Counts that the fit adds to each transition, each first state and each value of bits and categories.
         floor: Of Gaussians, see ``GaussianMixture``.
         restarts: Runs of k-means, of which the start with the highest likelihood is taken.
@@ -86,6 +94,7 @@ class HiddenMarkov(GenerativeModel):
         super().__init__(event_shape, preprocess=preprocess)
         check_positive("num_states", num_states)
         check_positive("restarts", restarts)
+        check_choice("covariance", covariance, ("full", "diagonal", "spherical", "tied"))
         self.num_states, self.covariance, self.smoothing, self.floor = num_states, covariance, smoothing, floor
         self.likelihood = likelihood if isinstance(likelihood, str) else list(likelihood)
         self.num_classes = num_classes if num_classes is None or isinstance(num_classes, int) else list(num_classes)
@@ -260,11 +269,13 @@ class HiddenMarkov(GenerativeModel):
 
     def _frame(self, weights: Tensor) -> Any:
         """Frames of a state drawn with these probabilities ``(N, K)``."""
-        arrays = self.arrays(None)
+        arrays = {name: values.detach() for name, values in self.arrays(None).items()}
         if len(self.event_shape) == 1 and isinstance(self.components, CategoricalComponents):
             return dist.Categorical(weights @ arrays["logits"][:, 0].softmax(-1))
         if len(self.event_shape) == 1 and isinstance(self.components, BernoulliComponents):
             return dist.Bernoulli(weights @ arrays["logits"][:, 0].sigmoid())
+        if isinstance(self.components, Columns):
+            return with_event_shape(OfComponents(weights, self.components, arrays), self.event_shape[1:])
         each = self.components.distribution(arrays)
         mixed = dist.MixtureSameFamily(dist.Categorical(weights), each.expand((*weights.shape,)))
         return with_event_shape(mixed, self.event_shape[1:])
