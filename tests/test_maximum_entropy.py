@@ -115,6 +115,18 @@ def test_a_plane_of_second_moments_is_gaussian():
     assert vector_density_goodness_of_fit(draws, known.log_prob(draws).exp()) > 1e-4
 
 
+def test_three_numbers_on_the_line_are_gaussian():
+    mean, factor = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.2, 0.3, 0.9]])
+    covariance = (factor @ factor.T).double()
+    moments = covariance + torch.outer(mean, mean)
+    pairs = [moments[0, 1], moments[0, 2], moments[1, 2]]
+    model = MaximumEntropy((3,), ["x", "x^2", "pairs"]).double()
+    model.match([*mean.tolist(), *moments.diagonal().tolist(), *map(float, pairs)])
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]], dtype=torch.float64)
+    wanted = MultivariateNormal(mean.double(), covariance).log_prob(x)
+    torch.testing.assert_close(model.log_prob(x).value, wanted, rtol=0, atol=1e-4)
+
+
 def test_the_law_of_four_moments_has_the_largest_entropy():
     """Any other density with the same moments, here a mixture of two Gaussians, has less."""
     component = Normal(torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.5)

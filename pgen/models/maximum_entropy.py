@@ -64,7 +64,7 @@ BASES: dict[str, Callable[[Tensor], Tensor]] = {
 """Logarithms of base measures by name."""
 
 DOMAINS = {"real": (-math.inf, math.inf), "positive": (0.0, math.inf), "unit": (0.0, 1.0)}
-NODES = (1025, 129, 49)
+NODES = (1025, 129, 65)
 """Nodes for each number of x and piece of its interval, where x has one, two or three numbers."""
 MOST_STATES = 2**20
 FAR = 1e8
