@@ -168,7 +168,7 @@ def sample_grid(
     return _image_panels(panels, columns, low_high=_range(array))
 
 
-def reconstructions(x: Any, xhat: Any, columns: int | None = None) -> Figure:
+def reconstructions(x: Any, xhat: Any, columns: int | None = None, *, names: Sequence[str] | None = None) -> Figure:
     r"""Data and what the model makes of them: images one above the other, vectors feature by feature.
 
     Shapes: as for ``sample_grid``; ``x`` and ``xhat`` alike.
@@ -177,15 +177,16 @@ def reconstructions(x: Any, xhat: Any, columns: int | None = None) -> Figure:
         x: The data.
         xhat: Their reconstructions (for a likelihood model the mean of p(x | z)), in the units of the data.
         columns: Images a row; at most 12 if None.
+        names: Of the features of vectors.
 
     Raises:
-        ValueError: If the shapes differ or are neither images nor vectors.
+        ValueError: If the shapes differ or are neither images nor vectors, or ``names`` are not one a feature.
     """
     array, made = _array("x", x), _array("xhat", xhat)
     if array.shape != made.shape:
         raise ValueError(f"`xhat` should have the shape of `x`, {array.shape}, got {made.shape}; did one lose an axis?")
     if array.ndim <= 2:
-        return _scatter_reconstruction(array.reshape(len(array), -1), made.reshape(len(made), -1))
+        return _scatter_reconstruction(array.reshape(len(array), -1), made.reshape(len(made), -1), names)
     columns = min(len(array), 12) if columns is None else columns
     check_positive("columns", columns)
     x_images, made_images = _images("x", array), _images("xhat", made)
@@ -677,7 +678,9 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 def _draw_pair(ax: Axes, x: np.ndarray, y: np.ndarray | None, colour: str, label: str, limits: tuple[float, float]) -> None:
     if y is None:
-        bins = np.linspace(*limits, 31).tolist()
+        bins = np.linspace(
+            *limits, 32
+        ).tolist()  # an odd number: the middle of whole numbers is no edge, where rounding decides
         style: dict[str, Any] = {"histtype": "step", "linewidth": 1.5}
         if colour == INK:
             style = {"histtype": "stepfilled", "alpha": 0.3}
@@ -687,7 +690,10 @@ def _draw_pair(ax: Axes, x: np.ndarray, y: np.ndarray | None, colour: str, label
     ax.scatter(x, y, s=size, color=colour, alpha=0.5, linewidths=0, label=label)
 
 
-def _scatter_reconstruction(x: np.ndarray, made: np.ndarray) -> Figure:
+def _scatter_reconstruction(x: np.ndarray, made: np.ndarray, names: Sequence[str] | None) -> Figure:
+    names = [f"feature {i}" for i in range(x.shape[1])] if names is None else names
+    if len(names) != x.shape[1]:
+        raise ValueError(f"`names` should be one a feature, {x.shape[1]}, got {len(names)}")
     shown = min(x.shape[1], 4)
     figure, axes = _figure(3.0 * shown + 0.4, 3.3, panels=shown)
     for i, ax in enumerate(axes):
@@ -696,7 +702,7 @@ def _scatter_reconstruction(x: np.ndarray, made: np.ndarray) -> Figure:
         ax.scatter(x[:, i], made[:, i], s=8, color=BLUE, alpha=0.5, linewidths=0)
         ax.set_xlim(low, high)
         ax.set_ylim(low, high)
-        _label(ax, f"feature {i}, data", "reconstruction" if i == 0 else "")
+        _label(ax, f"{names[i]}, data", "reconstruction" if i == 0 else "")
     more = f" (first {shown} of {x.shape[1]} features)" if x.shape[1] > shown else ""
     figure.suptitle(f"Reconstructions against data{more}", color=INK, fontsize=11)
     return figure

@@ -477,7 +477,7 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
             pictures["density.png"] = lambda: plots.density(model, train, names=names)
     return pictures | {
         "samples.png": lambda: plots.sample_grid(model.sample(many, seed=fitted.seed), reference=train[:many], names=names),
-        "reconstructions.png": lambda: plots.reconstructions(shown, model.reconstruct(shown)),
+        "reconstructions.png": lambda: plots.reconstructions(shown, model.reconstruct(shown), names=names),
         "latent.png": lambda: plots.latent_space(
             model.encode(train[:2000]), _at(subject.labels, torch.arange(len(train))[:2000])
         ),

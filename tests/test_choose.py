@@ -62,3 +62,11 @@ def test_bad_arguments_are_one_line():
         pgen.choose({"a": Gaussian((1,))}, torch.zeros(2, 1), torch.zeros(2, 1), rule="first")
     with pytest.raises(ValueError, match=r"^a: number 0 of each datum is constant"):
         pgen.choose({"a": GaussianMixture((1,), 1)}, torch.zeros(4, 1), torch.zeros(2, 1), progress=False)
+
+
+def test_one_datum_has_no_standard_error():
+    x = torch.linspace(-1.0, 1.0, 20)[:, None]
+    given = {"one": Gaussian((1,)), "same": Gaussian((1,))}
+    with pytest.raises(ValueError, match=r"`validation` has one datum, .* rule=.best."):
+        pgen.choose(given, x, x[:1], progress=False)
+    assert pgen.choose(given, x, x[:1], rule="best", progress=False).name in given

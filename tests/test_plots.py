@@ -131,6 +131,10 @@ def test_reconstructions_of_vectors_scatter_feature_by_feature():
     figure = plots.reconstructions(x, x + 1)
     assert len(figure.axes) == 3
     np.testing.assert_allclose(figure.axes[2].collections[0].get_offsets(), np.column_stack([x[:, 2], x[:, 2] + 1]))
+    named = plots.reconstructions(x, x, names=["a", "b", "c"])
+    assert [ax.get_xlabel() for ax in figure.axes][1] == "feature 1, data" and named.axes[1].get_xlabel() == "b, data"
+    with pytest.raises(ValueError, match="`names` should be one a feature, 3, got 1"):
+        plots.reconstructions(x, x, names=["a"])
 
 
 def test_latent_space_in_two_dimensions_is_drawn_as_it_is():

@@ -130,6 +130,8 @@ def _chosen(names: list[str], comparison: Comparison, rule: str) -> str:
     best = comparison.names[0]
     if rule == "best":
         return best
+    if len(comparison.scores[best]) < 2:
+        raise ValueError("`validation` has one datum, so differences have no standard error; give more, or rule='best'")
     for name in names:
         gap = comparison.difference(best, name)
         if name == best or gap.mean <= gap.std_error:
