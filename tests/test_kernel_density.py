@@ -509,3 +509,13 @@ def test_parzen_windows_prefer_centres_to_data():
         kde.fit(points)
         scores.append(kde.log_prob(test).mean)
     assert scores[0] > scores[1] + 3
+
+
+@pytest.mark.parametrize("row", [-2, 30])
+def test_a_point_that_is_left_out_is_one_of_those_kept(row):
+    x = torch.linspace(-1.0, 1.0, 30)[:, None]
+    kde = KernelDensity((1,), bandwidth=0.5)
+    kde.fit(x, progress=False)
+    kde.log_prob({"x": x[:2], "row": torch.tensor([-1, 29])})
+    with pytest.raises(ValueError, match=rf"`row` has {row}; points are 0 to 29, and -1 leaves none out"):
+        kde.log_prob({"x": x[:1], "row": torch.tensor([row])})

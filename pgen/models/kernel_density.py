@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -426,7 +426,13 @@ class KernelDensity(GenerativeModel):
 
     def _measure(self, batch: Batch) -> Measure:
         self._refuse_empty()
+        self._check_left_out(cast(dict[str, Tensor], batch).get("row"))
         return super()._measure(batch)
+
+    def _check_left_out(self, row: Tensor | None) -> None:
+        bad = torch.zeros(0) if row is None else row[(row < -1) | (row >= len(self.points))]
+        if len(bad):
+            raise ValueError(f"`row` has {int(bad[0])}; points are 0 to {len(self.points) - 1}, and -1 leaves none out")
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> None:
         """Done already: codes are checked with the rest of the input, and other columns take any number."""
