@@ -17,7 +17,7 @@ DATE = "2026-11-21"
 MACHINE = "2 cores of an AMD EPYC"
 SIZES = {  # event, hidden, latent, batch, rows, steps
     "VAE 784-200-200-50, batch 100": (784, (200, 200), 50, 100, 60_000, 1000),
-    "VAE 10-16-2, batch 100": (10, (16,), 2, 100, 200_000, 4000),
+    "VAE 10-16-2, batch 100": (10, (16,), 2, 100, 200_000, 12_000),
 }
 
 
