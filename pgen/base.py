@@ -57,6 +57,7 @@ from .programs import (
     ParameterHome,
     PlateSize,
     Term,
+    Traces,
     batch_length,
     call,
     check_pair,
@@ -291,7 +292,8 @@ class _Questions(nn.Module):
                     self.prime(data)
                 self.primed = True
             objective = _with_own_state(_objective(objective) or self.default_objective(), device, settings.dtype)
-            self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
+            latent = self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
+            run.word = self._word(objective, latent)
             if settings.stop == "converged" and settings.tolerance is None:
                 settings = replace(settings, tolerance=self._tolerance(num_data))
             if optimizer is None:
@@ -350,8 +352,8 @@ class _Questions(nn.Module):
         objective: Any,
         source: Checked | None,
         micro_batches: int,
-    ) -> None:
-        """Create lazy parameters, then run both programs strictly on the first rows."""
+    ) -> bool:
+        """Create lazy parameters, then run both programs strictly on the first rows; whether the guide draws latents."""
         num_data = batch_length(data) if source is None else len(source)
         whole = batch_size == num_data and micro_batches > 1
         batch_size = -(-batch_size // micro_batches)  # what the programs see at a time
@@ -365,12 +367,21 @@ class _Questions(nn.Module):
             index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
             with keyed_rng(key(seed, "check"), device), rows_at(index), _evaluating(self):
                 with isolated(self.home, validate=True):
-                    self._strict(self.prepare(first), num_data)
+                    traces = self._strict(self.prepare(first), num_data)
                 self._check_owned(objective, first, num_data)
         if settings.augment is None:
             watch = self._check_support(data, None if source is None else source.looked)
             if source is not None:
                 source.check = watch
+        return traces is not None and bool(traces.guide)
+
+    def _word(self, objective: Any, latent: bool) -> str:
+        """What the objective maximises here: its own word, or whether it is the log-likelihood itself or a bound."""
+        if own := getattr(objective, "word", ""):
+            return str(own)
+        if getattr(objective, "kind", "") == "unnormalised":
+            return "unnormalised log-density"
+        return "bound" if latent else "log-likelihood"
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
         """Refuse values outside the likelihood's support, in any row; returns a check for rows that are still to come."""
@@ -398,7 +409,8 @@ class _Questions(nn.Module):
                     + ", or freeze it with requires_grad_(False)"
                 )
 
-    def _strict(self, batch: Batch, num_data: int) -> None:
+    def _strict(self, batch: Batch, num_data: int) -> Traces | None:
+        """Run both programs with validation on; None where a family has no sites."""
         try:
             traces = check_pair(*self.programs(), batch, num_data)
         except (ValueError, RuntimeError) as error:
@@ -409,6 +421,7 @@ class _Questions(nn.Module):
                 f'a batch of {rows} of {num_data} rows needs the plate that holds the rows to be called "{DATA_PLATE}": '
                 f'write `with pyro.plate("{DATA_PLATE}", len(x))`, or leave batch_size out'
             )
+        return traces
 
     def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
         """Run the programs once, so that parameters made on the way exist; later ones are refused."""
@@ -642,7 +655,10 @@ class GenerativeModel(_Questions, PyroModule):
         """The inference program; a family without latents leaves it empty."""
 
     def marginal(self, x: Tensor | None = None, context: Tensor | None = None) -> Any:
-        """p(x | c) with the latents integrated out, for a family where that has a closed form: ``log_prob`` is then exact."""
+        """p(x | c) with the latents integrated out, for a family where that has a closed form: ``log_prob`` is then exact.
+
+        The guide of such a family is the posterior itself, with which the bound is the log-likelihood.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -713,7 +729,7 @@ class GenerativeModel(_Questions, PyroModule):
             data: x, shape ``(N, *event_shape)``: a tensor, an array, or a source of rows larger than memory, such as
                 ``pgen.data.MemoryMapped("x.npy")``, or any object with ``len`` and ``rows(indices)``. Of a source some 4096
                 rows are looked at first (preprocessing is fitted to them); every row is checked when it is read.
-            validation: Held-out x, for the validation bound and early stopping.
+            validation: Held-out x, for its log-likelihood or bound while training, and early stopping.
             context: Context of each datum, shape ``(N, context_dim)``.
             validation_context: Context of each validation datum.
             objective: ``pgen.ELBO()`` by default, ``pgen.IWAE(k)``, or any function (model, guide, batch, scalars).
@@ -732,7 +748,7 @@ class GenerativeModel(_Questions, PyroModule):
                 ``schedule``, ``early_stopping``, ``augment`` and the others.
 
         Returns:
-            A Run: history, validation bounds, reason for stopping, tier.
+            A Run: history, log-likelihood (or bound) of the validation data, reason for stopping, tier.
 
         Raises:
             ValueError: On bad data or arguments, in one line.
@@ -785,7 +801,10 @@ class GenerativeModel(_Questions, PyroModule):
         if not how:
             return None
         self.primed = True
-        run = Run(stopped=how, num_data=len(batch["x"]), seed=seed, epochs=1.0)
+        with keyed_rng(key(seed, "word"), device):
+            latent = self._draws_latents(batch)
+        word = self._word(self.default_objective(), latent)
+        run = Run(stopped=how, num_data=len(batch["x"]), seed=seed, epochs=1.0, word=word)
         for name, data in (("training", batch), ("validation", None if validation is None else self._placed(validation))):
             if data is None:
                 continue
@@ -889,9 +908,27 @@ class GenerativeModel(_Questions, PyroModule):
             prepared = self.prepare(batch)
             return prepared, run_distributions(*self.programs(), take(prepared, slice(0, 1))).get("x")
 
+    @property
+    def _closed(self) -> bool:
+        """Whether the latents are integrated out in closed form."""
+        return type(self).marginal is not GenerativeModel.marginal
+
+    @property
+    def _mass_bound(self) -> bool:
+        """Whether preprocessing makes a density of a mass, of which it is a bound."""
+        return self.preprocess is not None and self.preprocess.kind == "lower_bound"
+
+    def _draws_latents(self, batch: Batch) -> bool:
+        """Whether the guide draws anything."""
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            return bool(run_program(self.guide, take(cast(dict[str, Any], self.prepare(batch)), slice(0, 1))))
+
+    def _word(self, objective: Any, latent: bool) -> str:
+        return super()._word(objective, (latent and not self._closed) or self._mass_bound)
+
     def _measure(self, batch: Batch) -> Measure:
         """Whether this family gives these data a density or a mass."""
-        if self.preprocess is not None and self.preprocess.kind == "lower_bound":  # a density that bounds a mass
+        if self._mass_bound:
             return "mass"
         return measure_of(self._observed(take(batch, slice(0, 1)))[1])
 
@@ -994,8 +1031,7 @@ class GenerativeModel(_Questions, PyroModule):
         with isolated(self.home), _evaluating(self), torch.no_grad(), keyed_rng(key(asked["seed"], "log_prob"), device):
             prepared, change = self._prepared(batch)
             log_det = 0.0 if change is None else change.double()
-            closed = type(self).marginal is not GenerativeModel.marginal
-            model, guide = (self.marginal, _Empty()) if closed and settings is None else self.programs()
+            model, guide = (self.marginal, _Empty()) if self._closed and settings is None else self.programs()
             latents = run_program(guide, take(prepared, slice(0, 1)))
             if settings is not None:
                 found = anneal(*self.programs(), prepared, settings, **asked)
@@ -1007,9 +1043,8 @@ class GenerativeModel(_Questions, PyroModule):
             value, error = importance_bound(
                 model, guide, prepared, draws, batch_size=batch_size, unit_rows=self.unit_rows, **asked
             )
-        bounded = bool(latents) or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
         if not latents:
-            return Score(value + log_det, "lower_bound" if bounded else "exact", size, measure=measure)
+            return Score(value + log_det, "lower_bound" if self._mass_bound else "exact", size, measure=measure)
         return Score(value + log_det, "lower_bound", size, error, num_samples, measure)
 
     def likelihood_regret(
@@ -1368,8 +1403,9 @@ class Pair(_Questions):
             **options: Fields of ``pgen.Training``.
 
         Returns:
-            A Run. The bound is in nats a datum; ``print(run)`` shows the total too. With ``guide="ladder"`` it is that of
-            the rung that is kept; each rung is trained until it has converged, or for as many steps as are given.
+            A Run. The bound (the log-likelihood where there are no latents) is in nats a datum; ``print(run)`` shows the
+            total too. With ``guide="ladder"`` it is that of the rung that is kept; each rung is trained until it has converged,
+            or for as many steps as are given.
         """
         batch, source = self._opened(data, batch_size, lambda rows, numbers: self._checked("data", rows, numbers))
         batch = self._placed(batch)

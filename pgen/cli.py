@@ -27,6 +27,7 @@ import typer
 
 import pgen
 from pgen import runs
+from pgen.contracts import spoken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -479,10 +480,12 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
     held = f", {data['validation']} held out" if data["validation"] else ""
     prepared = "".join(f", {name.replace('_', ' ')} {value}" for name, value in data["prepared"].items())
     error = f" ± {_number(done['bound_std_error'])}" if done["bound_std_error"] is not None else ""
+    name, sign, unit = spoken(done["word"], training=done["bound_of"] == "training")
+    value = None if done["bound"] is None else sign * done["bound"]
     facts = {
         "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
         "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
-        "bound": f"{_number(done['bound'])}{error} nats a datum ({done['bound_of']})",
+        name: f"{_number(value)}{error}{unit} ({done['bound_of']})",
         "training": f"{done['steps']} steps, {_number(done['epochs'], 1)} epochs, {_number(done['seconds'], 1)} s",
         "seed": str(done["seed"]),
         "stopped": done["stopped"],

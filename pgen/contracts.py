@@ -54,6 +54,27 @@ KIND_WORDS: dict[str, str] = {
 }
 """Kinds of scores, as they are printed."""
 
+LIKELIHOODS = ("log-likelihood", "bound", "estimate", "unnormalised log-density")
+"""Words for what a fit maximises that are nats a datum, and minus the loss."""
+
+
+def spoken(word: str, *, training: bool = False) -> tuple[str, int, str]:
+    """How a figure of a fit is told: its name, the sign that it is shown with, and its unit.
+
+    Args:
+        word: What the objective's ``rows`` are called, which are maximised.
+        training: Whether it is minus the loss, and not ``rows`` on held-out data.
+
+    Example:
+        >>> spoken("bound"), spoken("loss"), spoken("critic accuracy"), spoken("critic accuracy", training=True)
+        (('bound', 1, ' nats a datum'), ('loss', -1, ''), ('critic accuracy', 1, ''), ('loss', -1, ''))
+    """
+    if word in LIKELIHOODS:
+        return word, 1, " nats a datum"
+    if word.endswith(("loss", "error")):
+        return word, -1, ""
+    return ("loss", -1, "") if training else (word, 1, "")
+
 
 class NotAvailable(NotImplementedError):
     """A question that this family cannot answer. The message says why, and which families can."""
@@ -204,8 +225,8 @@ class Run:
     """What a fit did: its history, why it stopped, how it was executed.
 
     Attributes:
-        history: Columns of equal length, one entry a logged step: ``step``, ``epoch``, ``loss`` (minus the bound, nats a
-            datum of the whole data set), ``grad_norm``, ``lr``, ``seconds``.
+        history: Columns of equal length, one entry a logged step: ``step``, ``epoch``, ``loss`` (minus the bound or
+            log-likelihood, nats a datum of the whole data set), ``grad_norm``, ``lr``, ``seconds``.
         validation: Columns ``step``, ``bound``, ``std_error`` (nats a datum), empty without validation data.
         stopped: Why the fit ended, in words.
         tier: Execution tier of the last step: ``eager``, ``graph`` or ``compiled``.
@@ -216,8 +237,9 @@ class Run:
         seconds: Wall time.
         num_data: Data in the training set.
         seed: The seed that keyed order and noise.
+        word: What was maximised: ``log-likelihood`` where it is exact, ``bound``, or the objective's own word.
         resumed: The step of the checkpoint that it went on from; 0 for a fit from the start.
-        restored: The validation bound of the parameters that were restored after training; None if the last ones stand.
+        restored: The validation figure of the parameters that were restored after training; None if the last ones stand.
     """
 
     history: dict[str, np.ndarray] = field(default_factory=dict)
@@ -231,12 +253,16 @@ class Run:
     seconds: float = 0.0
     num_data: int = 0
     seed: int = 0
+    word: str = "bound"
     resumed: int = 0
     restored: float | None = None
 
     @property
     def bound(self) -> float:
-        """The last bound: of the validation data where there are any, else the mean over the last tenth of training."""
+        """The last figure: of the validation data where there are any, else the mean over the last tenth of training.
+
+        It is the higher the better; ``word`` says what it is.
+        """
         if self.restored is not None:
             return self.restored
         if len(self.validation.get("bound", ())):
@@ -256,20 +282,24 @@ class Run:
     def __repr__(self) -> str:
         return str(self)
 
+    @property
+    def figure(self) -> str:
+        """The last figure in words, such as ``validation log-likelihood -1.419 ± 0.012 nats a datum``."""
+        validated = len(self.validation.get("bound", ())) > 0
+        name, sign, unit = spoken(self.word, training=not validated)
+        error = f" ± {self.bound_std_error:.3f}" if validated else ""
+        return f"{'validation' if validated else 'training'} {name} {sign * self.bound:.3f}{error}{unit}"
+
     def __str__(self) -> str:
         rate = self.steps / self.seconds if self.seconds > 0 else math.nan
-        where = "validation" if len(self.validation.get("bound", ())) else "training"
-        error = f" ± {self.bound_std_error:.3f}" if where == "validation" else ""
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
-        total = "" if where == "validation" else f", in all {self.bound * self.num_data:.2f}"
+        summed = self.word in LIKELIHOODS and not len(self.validation.get("bound", ()))
+        figure = f"{self.figure} (N = {self.num_data}{f', in all {self.bound * self.num_data:.2f}' if summed else ''})"
         if not self.steps:
-            return (
-                f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}{total})\n"
-                f"no steps: {self.stopped}, {self.seconds:.2f} s"
-            )
+            return f"{figure}\nno steps: {self.stopped}, {self.seconds:.2f} s"
         return (
-            f"{where} bound {self.bound:.3f}{error} nats a datum (N = {self.num_data}{total})\n"
+            f"{figure}\n"
             f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"
             f"stopped: {self.stopped}"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgen.contracts import KIND_WORDS, Run, check_positive
+from pgen.contracts import KIND_WORDS, Run, check_positive, spoken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,10 +46,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
 def plot_bound(run: Run) -> Figure:
-    r"""The bound while training: raw (faint) and smoothed, with the validation bound and a band of one standard error.
+    r"""What a fit maximised (``run.word``): raw (faint) and smoothed, with validation and a band of one standard error.
 
     The vertical axis is linear where most of training happened and logarithmic in the distance below that, so that a steep
-    start does not flatten the rest; the label says where the change is.
+    start does not flatten the rest; the label says where the change is. Where validation measures something else than the
+    loss (an objective's own ``word``), it has a panel of its own.
 
     Args:
         run: What ``fit`` returned. ``history`` needs ``step`` and ``loss``; ``validation`` may be empty. Nats a datum.
@@ -60,15 +61,22 @@ def plot_bound(run: Run) -> Figure:
     step, bound = _series(run.history, "loss", sign=-1.0)
     if not len(bound):
         raise ValueError("`run` should have a history with finite losses to draw, got none; did the fit take a step?")
-    figure, (ax,) = _figure(7.0, 4.2)
+    validated, (name, sign, unit) = len(run.validation.get("bound", ())) > 0, spoken(run.word, training=True)
+    apart = validated and name != run.word
+    figure, (ax, *others) = _figure(12.0 if apart else 7.0, 4.2, panels=2 if apart else 1)
     smooth = _smooth(bound)
     ax.plot(step, bound, color=BLUE, alpha=0.22, linewidth=0.8, label="training, raw")
     ax.plot(step, smooth, color=BLUE, linewidth=1.8, label="training, smoothed")
     lines = [smooth]
-    if len(run.validation.get("bound", ())):
+    for panel in others:
+        _draw_validation(panel, run)
+        _label(panel, "optimizer step", run.word, "On held-out data: higher is better")
+    if validated and not apart:
         lines.append(_draw_validation(ax, run))
     note = _scale_bound(ax, lines, bound)
-    _label(ax, "optimizer step", f"bound [nats a datum{note}]", "The bound while training: higher is better")
+    shown, unit = name if sign > 0 else f"minus {name}", f"{unit}{note}".strip(" ;")
+    label = f"{shown} [{unit}]" if unit else shown
+    _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training: higher is better")
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
     _legend(ax, loc="lower right")
     return figure

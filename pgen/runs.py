@@ -64,7 +64,7 @@ MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "ch
 COMPARISON = "comparison.json"
 PICTURES = ("bound.png", "samples.png", "density.png", "reconstructions.png", "latent.png")
 OF_LATENTS = ("reconstructions.png", "latent.png")
-SCHEMA = 1
+SCHEMA = 2
 VALIDATION_SHARE = 0.1
 """Of data without a split of their own, drawn by the seed: held out while a family is fitted."""
 TEST_SHARE = 0.2
@@ -545,7 +545,7 @@ def fit_each(
         fitted[name], about[name] = model, {"settings": model.settings(), "parameters": size, **summary(run)}
         if say:
             how = f"{run.steps} steps in {run.seconds:.1f} s" if run.steps else run.stopped
-            say(f"{name}: validation bound {run.bound:.3f} nats a datum, {how}")
+            say(f"{name}: {run.figure}, {how}")
     return fitted, about, failed
 
 
@@ -627,9 +627,10 @@ def batch(source: str, record: dict[str, Any]) -> Any:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The outcome of a fit in plain numbers and words; bounds in nats a datum."""
+    """The outcome of a fit in plain numbers and words; ``bound`` is the figure that ``word`` names."""
     validated = len(run.validation.get("bound", ())) > 0
     return {
+        "word": run.word,
         "bound": run.bound,
         "bound_of": "validation" if validated else "training",
         "bound_std_error": run.bound_std_error if validated else None,
@@ -679,6 +680,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+_FACTS = ("word", "stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")
 _TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
 _SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"family": _TEXT, "file": _TEXT, "guide": _TEXT, "settings": (dict, type(None)), "names": (list, type(None))},
@@ -692,7 +694,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "given": str,
     },
     "run": {
-        **dict.fromkeys(("stopped", "tier", "tier_reason", "bound_of"), str),
+        **dict.fromkeys(("stopped", "tier", "tier_reason", "word", "bound_of"), str),
         **dict.fromkeys(("steps", "skipped", "num_data", "seed"), int),
         **dict.fromkeys(("bound", "bound_std_error", "restored", "epochs", "seconds"), _NUMBER),
     },
@@ -703,7 +705,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 
 def run_of(record: dict[str, Any]) -> Run:
     """The ``Run`` that a record tells of, its history thinned."""
-    facts = {name: record["run"][name] for name in ("stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")}
+    facts = {name: record["run"][name] for name in _FACTS}
     times: dict[str, Any] = {name: float(record["run"][name] or 0) for name in ("epochs", "seconds")}
     times["restored"] = record["run"]["restored"]
     try:

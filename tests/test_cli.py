@@ -100,7 +100,7 @@ def test_fit_writes_the_model_the_record_and_pictures(folder):
     assert record["data"]["prepared"] == {"binarised_at": 0.5}
     assert (record["data"]["train"], record["data"]["validation"]) == (1000, 350)
     assert model.last_run.steps == 40
-    assert record["run"]["bound"] == model.last_run.bound
+    assert record["run"]["bound"] == model.last_run.bound and record["run"]["word"] == model.last_run.word == "bound"
 
 
 def test_what_fit_saved_is_what_the_library_fits(folder):
@@ -453,7 +453,7 @@ def test_the_record_keeps_means_of_a_long_history(tmp_path):
         history={"step": np.arange(1, 10_001), "loss": loss}, validation={"step": [10], "bound": [-2.0], "std_error": [np.nan]}
     )
     data = {"source": "x", "train": 1, "validation": 0, "shape": None, "columns": None, "prepared": {}, "given": "whole"}
-    runs.write_record(tmp_path, {"schema": 1, "model": {}, "data": data, "run": runs.summary(run)}, run)
+    runs.write_record(tmp_path, {"schema": 2, "model": {}, "data": data, "run": runs.summary(run)}, run)
     back = runs.run_of(runs.read_record(tmp_path))
     assert len(back.history["loss"]) == 2000
     np.testing.assert_allclose(back.history["loss"], loss.reshape(2000, 5).mean(1))
@@ -473,7 +473,7 @@ def test_a_record_with_a_wrong_value_is_refused(folder, tmp_path, capsys, sectio
     assert "is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99, "model": {}}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 99, "model": {}}', "[" * 100_000])
 def test_a_damaged_record_is_refused_in_one_line(tmp_path, capsys, text):
     (tmp_path / runs.RECORD).write_text(text)
     assert cli.run(["info", str(tmp_path)]) == 2

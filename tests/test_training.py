@@ -652,6 +652,37 @@ def test_a_second_fit_goes_on():
     assert model.log_prob(X).mean == pytest.approx(first, abs=1e-4)
 
 
+class Accuracy(pgen.ELBO):
+    word = "critic accuracy"
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "word", "fitted", "signs", "unit"),
+    [
+        (vae(), None, "bound", "bound", (1, 1), " nats a datum"),
+        (vae(), pgen.objectives.Renyi(3, -1.0), "estimate", "estimate", (1, 1), " nats a datum"),
+        (pgen.models.Gaussian((3,)), None, "log-likelihood", "log-likelihood", (1, 1), " nats a datum"),
+        (pgen.models.ProbabilisticPCA((3,), 1), None, "log-likelihood", "log-likelihood", (1, 1), " nats a datum"),
+        (vae(), Accuracy(), "critic accuracy", "loss", (-1, 1), ""),
+        (pgen.models.Autoencoder((3,), 1), None, "squared error", "squared error", (-1, -1), ""),
+    ],
+)
+def test_a_run_says_what_was_maximised(model, objective, word, fitted, signs, unit):
+    run = fit(model, objective=objective)
+    assert run.word == word and str(run).startswith(f"training {fitted} {signs[0] * run.bound:.3f}{unit} (N = 11")
+    run = fit(model, objective=objective, validation=X[:5])
+    error = f"± {run.bound_std_error:.3f}"
+    assert str(run).startswith(f"validation {word} {signs[1] * run.bound:.3f} {error}{unit} (N = 11)")
+    assert pgen.plots.plot_bound(run).axes[0].get_ylabel().startswith(fitted if signs[0] > 0 else f"minus {fitted}")
+
+
+def test_closed_forms_say_that_they_are_exact_unless_preprocessing_bounds_a_mass():
+    counts = torch.arange(12.0).reshape(6, 2) % 5
+    assert pgen.models.Gaussian.for_data(counts).fit(counts).word == "bound"
+    assert pgen.models.Gaussian((2,)).fit(counts).word == "log-likelihood"
+    assert pgen.models.ProbabilisticPCA((2,), 1).fit(counts, validation=counts[:3]).word == "log-likelihood"
+
+
 def test_default_rates_of_a_pair():
     """Variational parameters move fast and settle; networks get the rate that networks stand."""
     assert pgen.Pair(regression).fit(Y, steps=4, progress=False).history["lr"][0] == pytest.approx(0.02)

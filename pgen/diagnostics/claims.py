@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from pgen.contracts import Draws, NotAvailable, Run, check_choice, check_positive
+from pgen.contracts import Draws, NotAvailable, Run, check_choice, check_positive, spoken
 
 from .convergence import Plateau, plateau
 from .importance import MEASURABLE, psis, summarise_with
@@ -233,12 +233,13 @@ def _optimised(evidence: Evidence) -> Claim:
         return _validated(run, run.restored)
     found = plateau(run)
     limit, why = _improvement_limit(evidence)
-    status, explanation = _plateau_verdict(found, limit)
+    name, _, unit = spoken(run.word, training=True)
+    status, explanation = _plateau_verdict(found, limit, name)
     skipped = f" {run.skipped} steps of {run.steps} were not finite and were skipped." if run.skipped else ""
     return Claim(
         1,
         status,
-        statistic="improvement of the bound, nats a datum for 1000 steps",
+        statistic=f"improvement of the {name}{unit and ', nats a datum'} for 1000 steps",
         estimate=found.rate,
         ci_low=found.ci_low,
         ci_high=found.ci_high,
@@ -249,28 +250,29 @@ def _optimised(evidence: Evidence) -> Claim:
 
 
 PAST_THE_PEAK = 5
-"""Validations without a better bound after which the held-out bound counts as past its peak."""
+"""Validations without a better held-out figure after which it counts as past its best."""
 
 
 def _validated(run: Run, restored: float) -> Claim:
-    """Where the best validated parameters were restored, the held-out bound says whether training could still help."""
+    """Where the best validated parameters were restored, the held-out figure says whether training could still help."""
     bounds = np.asarray(run.validation["bound"], dtype=np.float64)
     since = len(bounds) - 1 - int(np.nanargmax(bounds))
+    (name, sign, unit), fitted = spoken(run.word), spoken(run.word, training=True)[0]
     past = since >= PAST_THE_PEAK
     explanation = (
-        "The held-out bound is past its peak, and the parameters are those of the peak. That the training bound went on "
-        "rising is overfitting, not unfinished work."
+        f"The held-out {name} is past its best, and the parameters are those of the best. That the training {fitted} went on "
+        "improving is overfitting, not unfinished work."
         if past
         else "The best validated parameters lie close to the end of the fit: train longer, or let early stopping decide."
     )
     return Claim(
         1,
         "supported" if past else "undecided",
-        statistic="validations since the best held-out bound",
+        statistic=f"validations since the best held-out {name}",
         estimate=float(since),
         threshold=f">= {PAST_THE_PEAK}",
         n=len(bounds),
-        explanation=f"{explanation} Held-out bound {restored:.3f} nats a datum at its best, {bounds[-1]:.3f} at the end.",
+        explanation=f"{explanation} Held-out {name} {sign * restored:.3f}{unit} at its best, {sign * bounds[-1]:.3f} last.",
     )
 
 
@@ -293,19 +295,19 @@ def _improvement_limit(evidence: Evidence) -> tuple[float, str]:
     return 0.01, "tolerance 0.01 nats a datum"
 
 
-def _plateau_verdict(found: Plateau, limit: float) -> tuple[Status, str]:
+def _plateau_verdict(found: Plateau, limit: float, name: str) -> tuple[Status, str]:
     if found.non_finite:
         return "contradicted", f"{found.non_finite} of {found.entries} logged losses in the window are not finite."
     if found.ci_high < -limit:
-        return "contradicted", "The bound got worse towards the end: lower the learning rate."
+        return "contradicted", f"The {name} got worse towards the end: lower the learning rate."
     if found.ci_high < limit:
-        return "supported", "Whatever the bound still gains is below the tolerance."
+        return "supported", f"Whatever the {name} still gains is below the tolerance."
     if found.ci_low > limit and found.lr_constant:
-        return "contradicted", "The bound was still improving when the fit ended: train longer."
+        return "contradicted", f"The {name} was still improving when the fit ended: train longer."
     if found.ci_low > limit:
         return (
             "undecided",
-            "The bound rose while the learning rate fell, which may be less noise or more learning: train longer.",
+            f"The {name} got better while the learning rate fell, which may be less noise or more learning: train longer.",
         )
     return "undecided", "Noise hides an improvement of the size of the tolerance: train longer, or average more draws a step."
 
@@ -314,7 +316,7 @@ def _plateau_verdict(found: Plateau, limit: float) -> tuple[Status, str]:
 
 
 def _generalises(evidence: Evidence) -> Claim:
-    """The bound of the training data less that of held-out data, in nats for each number of a datum."""
+    """The log-likelihood of the training data less that of held-out data, in nats for each number of a datum."""
     run = evidence.run
     if evidence.log_p is None:
         raise NotMeasured(evidence.problems["density"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgen.contracts import Run
+from pgen.contracts import Run, spoken
 from pgen.plots import BLUE, FAINT, INK, ORANGE, _figure, _label, _legend
 
 from .claims import Evidence
@@ -110,7 +110,8 @@ def evidence_figures(evidence: Evidence, run: Run | None) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     loss = np.asarray(run.history.get("loss", ()), dtype=np.float64) if run is not None else np.zeros(0)
     if run is not None and np.isfinite(loss).any():
-        figures["The bound while training"] = plots.plot_bound(run)
+        name, sign, _ = spoken(run.word, training=True)
+        figures[f"{'The' if sign > 0 else 'Minus the'} {name} while training"] = plots.plot_bound(run)
     if evidence.components is not None and len(evidence.components):
         limits = evidence.limits
         figures["Error of raw q (band: tolerance; orange: outside; black: open)"] = plot_posterior_error(

@@ -31,6 +31,7 @@ class SquaredError:
     r"""Mean squared reconstruction error a datum, summed over its coordinates. Not a bound of any likelihood."""
 
     kind: Kind = "unnormalised"
+    word = "squared error"
 
     def __call__(
         self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, scalars: Any

@@ -33,6 +33,12 @@ class Objective(Protocol):
     It may also have ``schedules``, a mapping from names to functions of (step, total steps), whose values it then finds in
     ``scalars`` as tensors; and ``state``, a module: a fit works on a copy of it, trains its parameters beside the model's
     and carries its buffers from step to step.
+
+    ``rows`` is maximised on held-out data (early stopping, the best parameters, ``Run.bound``), and ``word``, a string, says
+    what it is: ``"critic accuracy"``, say. An objective without one is told as ``"log-likelihood"`` where the guide draws
+    nothing, else as ``"bound"``, in nats a datum, and as minus the loss on training data. With a word of its own, the loss
+    on training data is told as ``"loss"``, without a unit; a word that ends in ``"loss"`` or ``"error"`` says that ``rows``
+    are minus it, and it is shown with its own sign.
     """
 
     kind: Kind

@@ -142,6 +142,11 @@ class Renyi(IWAE):
         """``"lower_bound"`` for orders of at least 0."""
         return "lower_bound" if self.alpha >= 0 else "estimate"
 
+    @property
+    def word(self) -> str:
+        """``"estimate"`` for orders below 0, which bound nothing."""
+        return "" if self.alpha >= 0 else "estimate"
+
     def combine(self, log_weight: Tensor) -> Tensor:
         """The bound from log-weights along axis 0."""
         if self.alpha == 1:

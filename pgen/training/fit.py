@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..contracts import Batch, DataSource, Run, check_choice, check_positive
+from ..contracts import Batch, DataSource, Run, check_choice, check_positive, spoken
 from ..data.arrays import fingerprint, is_source, num_rows
 from ..data.batches import Batches, key, step_keys
 from ..data.stored import Feed
@@ -990,8 +990,14 @@ class _Trainer:
         means = {name: _mean(v) for name, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
         for callback in self.callbacks:
             callback.on_log(self.done, {**means, "lr": float(lr[-1]), "seconds": seconds})
-        best = f" · held out {self.log.validation['bound'][-1]:.3f}" if self.log.validation["bound"] else ""
-        self.bar.update(self.done, -means["loss"], self.log.trend(), f"{self.loop.tier}{best}")
+        self.bar.update(self.done, self.run.word, means["loss"], self.log.trend(), f"{self.loop.tier}{self._held_out()}")
+
+    def _held_out(self) -> str:
+        """The last validation, as the bar tells it."""
+        if not self.log.validation["bound"]:
+            return ""
+        (name, sign, unit), value = spoken(self.run.word), self.log.validation["bound"][-1]
+        return f" · held out {'' if unit else f'{name} '}{sign * value:.3f}"
 
     def _check_losses(self, skip: np.ndarray) -> None:
         """Stop at ``max_nonfinite`` skipped steps in a row, wherever in the block they lie."""
@@ -1038,7 +1044,7 @@ class _Trainer:
         self.bad_validations += 1
         if self.bad_validations < self.patience:
             return ""
-        return f"validation bound did not improve in {self.patience} validations; best parameters restored"
+        return f"validation {spoken(self.run.word)[0]} did not improve in {self.patience} validations; best parameters restored"
 
     def _current(self) -> list[Tensor]:
         return self.loop.step.ema or self.loop.step.values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ..contracts import spoken
+
 __all__ = ["Progress"]
 
 QUIET_SECONDS = 1.0
@@ -33,10 +35,12 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
 
-    def update(self, step: int, bound: float, trend: float, note: str) -> None:
-        """Show ``bound`` (nats a datum), its change a thousand steps, and a short note."""
-        arrow = "→" if abs(trend) < 5e-4 else "↗" if trend > 0 else "↘"
-        self.at(step, f"bound {bound:.3f} nats {arrow} {trend:+.2f}/1k · {note}")
+    def update(self, step: int, word: str, loss: float, trend: float, note: str) -> None:
+        """Show the loss as what ``word`` says is maximised, how fast the loss falls a thousand steps, and a short note."""
+        name, sign, unit = spoken(word, training=True)
+        change = sign * trend
+        arrow = "→" if abs(change) < 5e-4 else "↗" if change > 0 else "↘"
+        self.at(step, f"{name} {-sign * loss:.3f}{' nats' if unit else ''} {arrow} {change:+.2f}/1k · {note}")
 
     def at(self, done: int, words: str) -> None:
         """Show how many steps are done, and what is being done."""
