@@ -80,10 +80,11 @@ from .programs import (
 from .training.autopsy import autopsy
 from .training.callbacks import Callback
 from .training.checkpoint import Checkpoint, recorded
-from .training.fit import Training, augmented
+from .training.fit import Training, augmented, moves, players
 from .training.fit import fit as fit_loop
 from .training.optim import Adam
 from .training.parallel import together
+from .training.step import unchanged
 
 if TYPE_CHECKING:
     import xarray
@@ -275,7 +276,8 @@ class _Questions(nn.Module):
         steps, batch_size = (None if n is None else int(n) for n in (steps, batch_size))
         device = settings.torch_device()
         num_data = batch_length(data) if source is None else len(source)
-        size = min(batch_size or self._default_batch(num_data) or num_data, num_data)
+        objective = _objective(objective) or self.default_objective()
+        size = _rows_of_a_step(batch_size or self._default_batch(num_data) or num_data, num_data, moves(objective))
         if epochs is None and steps is None:
             epochs, steps = (None, self.default_steps) if self.default_steps else (self.default_epochs or 100, None)
             epochs, steps = (None, MOST_STEPS) if settings.stop == "converged" else (epochs, steps)
@@ -291,7 +293,7 @@ class _Questions(nn.Module):
                 with keyed_rng(key(seed, "prime"), device):
                     self.prime(data)
                 self.primed = True
-            objective = _with_own_state(_objective(objective) or self.default_objective(), device, settings.dtype)
+            objective = self._begun(objective, data, seed, device, settings.dtype)
             latent = self._first_look(data, size, seed, settings, objective, source, workers.micro_batches)
             run.word = self._word(objective, latent)
             if settings.stop == "converged" and settings.tolerance is None:
@@ -331,6 +333,13 @@ class _Questions(nn.Module):
     def default_objective(self) -> Any:
         """What ``fit`` minimises unless told otherwise."""
         return ELBO()
+
+    def _begun(self, objective: Any, data: Batch, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The objective with a state of its own for these data."""
+        if hasattr(objective, "begin"):
+            with isolated(self.home), keyed_rng(key(seed, "begin"), device), torch.no_grad():
+                objective = objective.begin(*self.programs(), self.prepare(data))
+        return _with_own_state(objective, device, dtype)
 
     def _default_batch(self, num_data: int) -> int | None:
         """Data a step, unless told otherwise; None for all."""
@@ -389,10 +398,10 @@ class _Questions(nn.Module):
     def _check_owned(self, objective: Any, batch: Batch, num_data: int) -> None:
         """Refuse programs that use a parameter which nobody would train."""
         scalars = {"num_data": float(num_data), **dict.fromkeys(getattr(objective, "schedules", {}), torch.ones(()))}
-        games = dict(getattr(objective, "players", {})) or {"": objective}
-        with torch.enable_grad():
-            losses = [self.loss(part, batch, scalars)[0] for part in games.values()]
+        games = players(objective)
         state = getattr(objective, "state", None) or nn.Module()
+        with unchanged(list(state.buffers())), torch.enable_grad():
+            losses = [self.loss(part, batch, scalars)[0] for part in games.values()]
         trained = [p for name in games if name for p in self.trainable(name)] or list(self.parameters())
         frozen = [p for p in self.parameters() if not p.requires_grad]
         owned = {id(p) for p in (*trained, *frozen, *state.parameters())}
@@ -444,6 +453,11 @@ class _Questions(nn.Module):
 def _refuse_source(argument: str, data: Any) -> None:
     if is_source(data):
         raise TypeError(f"`{argument}` is a data source, which only fit reads; give some of its rows: source.rows(indices)")
+
+
+def _rows_of_a_step(batch_size: int, num_data: int, moves: int) -> int:
+    """``batch_size`` rows for each move, as far as the data go; all of them where a move takes them all."""
+    return num_data if batch_size >= num_data else min(batch_size, num_data // moves) * moves
 
 
 def _with_own_state(objective: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyro
@@ -15,7 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pgen
-from pgen.data.batches import key, step_keys
+from pgen.data.batches import Batches, key, step_keys
 from pgen.training import SGD, Adam
 from pgen.training.capture import compile_graph, retrace
 from pgen.training.native import NativeLoop
@@ -96,6 +96,125 @@ def test_a_players_optimizer_and_parameters_must_exist():
     stray = Game({"critic": Distance("left", "right")})
     with pytest.raises(ValueError, match=r"player 'critic' of the objective has no parameters here.*\(left, right\)"):
         Two().fit(X, objective=stray, steps=1, progress=False)
+
+
+@dataclass(frozen=True)
+class Follows:
+    """Half the squared distance of one number from the mean of its batch: an update is a step towards that mean."""
+
+    mine: str
+    moves: int = 1
+    kind: str = "unnormalised"
+
+    def __call__(self, model, guide, batch, scalars):
+        weight = getattr(model.__self__, self.mine).weight
+        return 0.5 * (weight - batch["x"].mean()).square().sum(), {"rows": torch.tensor(float(len(batch["x"]))).double()}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_player_moves_several_times_each_on_a_share_of_its_own(tier):
+    """The other player takes the last share; what does not fill a batch waits for another epoch."""
+    x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2)
+    game = Game({"right": Follows("right", moves=3), "left": Follows("left")})
+    model, left, right = Two(), 1.0, 4.0
+    run = model.fit(
+        x, objective=game, optimizer=SGD(0.1), batch_size=2, steps=4, compile=tier, unroll=1, seed=3, precision="float64",
+        progress=False,
+    )  # fmt: skip
+    batches = Batches(7, 6, seed=3, whole=True)
+    for step in range(4):
+        shares = batches.indices(step).reshape(3, 2)
+        for rows in shares:
+            right -= 0.1 * (right - float(x[rows].mean()))
+        left -= 0.1 * (left - float(x[shares[-1]].mean()))
+    assert run.tier == tier and run.epochs == 4.0  # one batch of six rows an epoch
+    assert float(model.right.weight.detach()) == pytest.approx(right, abs=1e-12)
+    assert float(model.left.weight.detach()) == pytest.approx(left, abs=1e-12)
+    np.testing.assert_array_equal(run.history["right_rows"], np.full(4, 2.0))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_an_optimizer_counts_the_moves_of_its_player(tier):
+    """Adam corrects for the zeros its moments began with by the number of its own updates."""
+    game = Game({"right": Follows("right", moves=2), "left": Follows("left")})
+    model, weight = Two(), nn.Parameter(torch.tensor(4.0, dtype=torch.float64))
+    model.fit(X, objective=game, optimizer=Adam(0.1), steps=5, compile=tier, unroll=1, precision="float64", progress=False)
+    adam = torch.optim.Adam([weight], 0.1)
+    for _ in range(10):
+        weight.grad = (weight - X.mean()).detach()
+        adam.step()
+    assert float(model.right.weight.detach()) == pytest.approx(float(weight.detach()), abs=1e-9)
+
+
+def test_micro_batches_are_cut_from_a_moves_own_share():
+    x = torch.arange(24.0, dtype=torch.float64).reshape(12, 2)
+    found = []
+    for micro_batches in (1, 2):
+        model = Two()
+        model.fit(
+            x, objective=Game({"right": Follows("right", moves=3), "left": Follows("left")}), optimizer=SGD(0.1), batch_size=2,
+            steps=4, seed=3, precision="float64", micro_batches=micro_batches, deterministic=True, compile="graph",
+            progress=False,
+        )  # fmt: skip
+        found.append(float(model.left.weight.detach()))
+    # the loss is quadratic in a batch's mean, and so is the mean of two micro-batches' losses, but for a constant
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+
+class Chain(nn.Module):
+    """A chain that begins at a datum and drifts."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("at", x.clone())
+
+
+@dataclass(frozen=True)
+class Drifting:
+    """Pulls a number to a chain that moves on by one at every step, and begins at the data's first row."""
+
+    chain: Chain | None = None
+    kind: str = "unnormalised"
+    selects: bool = False
+
+    @property
+    def state(self):
+        return self.chain
+
+    def begin(self, model, guide, batch):
+        return replace(self, chain=Chain(batch["x"][0, :1]))
+
+    def __call__(self, model, guide, batch, scalars):
+        self.chain.at.add_(1.0)
+        return 0.5 * (model.__self__.left.weight - self.chain.at).square().sum(), {}
+
+    def rows(self, model, guide, batch):
+        return batch["x"].sum(1) * model.__self__.left.weight.sum(), torch.zeros(())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_state_begins_at_the_data_and_is_carried_on(tier):
+    model, left, at = Two(), 1.0, -1.0
+    model.fit(X, objective=Drifting(), optimizer=SGD(0.1), steps=5, compile=tier, precision="float64", progress=False)
+    for _ in range(5):
+        at += 1.0
+        left -= 0.1 * (left - at)
+    assert float(model.left.weight.detach()) == pytest.approx(left, abs=1e-12)
+
+
+def test_what_selects_nothing_stops_nothing():
+    model = Two()
+    run = model.fit(
+        X,
+        validation=-X,
+        objective=Drifting(),
+        optimizer=SGD(0.1),
+        steps=60,
+        validate_every=1,
+        precision="float64",
+        progress=False,
+    )
+    assert run.steps == 60 and run.restored is None  # it falls all the time, which a patience of 20 would not bear
 
 
 @dataclass(frozen=True)

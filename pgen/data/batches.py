@@ -105,6 +105,7 @@ class Batches:
         seed: Keys the order.
         shuffle: Whether to permute; else every epoch runs in the order of the data.
         device: Where ``indices`` live.
+        whole: Whether every batch has ``batch_size`` rows: an epoch leaves out the rest, other rows each time.
 
     Example:
         >>> batches = Batches(torch.arange(5.0), batch_size=2, seed=0)
@@ -119,6 +120,7 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         device: torch.device | str = "cpu",
+        whole: bool = False,
     ) -> None:
         self.num_rows = data if isinstance(data, int) else num_rows(data)
         check_positive("batch_size", batch_size)
@@ -127,7 +129,7 @@ class Batches:
         self.data, self.batch_size, self.seed, self.device = data, min(batch_size, self.num_rows), seed, device
         self.shuffle = shuffle and self.batch_size < self.num_rows
         self._own_order = getattr(data, "epoch_rows", None) if self.shuffle else None
-        self._length = -(-self.num_rows // self.batch_size)
+        self._length = self.num_rows // self.batch_size if whole else -(-self.num_rows // self.batch_size)
         self._epoch = -1
         self._views: tuple[Tensor, ...] = ()
 

@@ -246,6 +246,7 @@ class Feed:
         device: Of the ring.
         dtype: Of floating-point rows.
         share: Of a step's number of rows, the slice that this process needs; all by default.
+        whole: Whether every batch is whole; see `Batches`.
 
     Attributes:
         resident: A batch of ring rows, structured as the source's.
@@ -262,8 +263,9 @@ class Feed:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         share: Callable[[int], slice] | None = None,
+        whole: bool = False,
     ) -> None:
-        self.source, self.batches = source, Batches(source, batch_size, seed)
+        self.source, self.batches = source, Batches(source, batch_size, seed, whole=whole)
         self._size, self._share, self.device = self.batches.batch_size, share or slice, torch.device(device)
         first = self.batches.indices(0)
         batch = source.rows(first)
@@ -279,7 +281,7 @@ class Feed:
         self.resident, self.numbers = (map_tensors(lambda t: t.to(self.device), part) for part in self._host)
         slots = torch.arange(len(repeated))
         self._places, self._slots = slots.to(self.device).split(self._size), slots.split(self._size)
-        self._last = len(source) - (len(self) - 1) * self._size
+        self._last = min(self._size, len(source) - (len(self) - 1) * self._size)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

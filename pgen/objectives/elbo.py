@@ -32,7 +32,15 @@ class Objective(Protocol):
 
     It may also have ``schedules``, a mapping from names to functions of (step, total steps), whose values it then finds in
     ``scalars`` as tensors; and ``state``, a module: a fit works on a copy of it, trains its parameters beside the model's
-    and carries its buffers from step to step.
+    and carries its buffers from step to step. Where that state depends on the data (chains that begin there), ``begin(model,
+    guide, batch)`` gives the objective with it; it is called before the first step with all data (of a source, with those
+    looked at first), preprocessed.
+
+    A game has ``players``: the objective of each, by the name of the part of the model that it trains (a part of its
+    parameters' dotted names), in the order in which they move. A player with ``moves`` moves as often in every step, each time
+    on a batch of its own. ``whole_batches`` leaves out what is left of an epoch once no batch can be filled; a game with
+    several moves does so anyway. Without ``rows`` nothing is measured on held-out data; where ``selects`` is False, what is
+    measured there decides nothing.
 
     ``rows`` is maximised on held-out data (early stopping, the best parameters, ``Run.bound``), and ``word``, a string, says
     what it is: ``"critic accuracy"``, say. An objective without one is told as ``"log-likelihood"`` where the guide draws

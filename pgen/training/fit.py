@@ -38,7 +38,7 @@ from .progress import Progress
 from .schedule import Schedule, multiplier
 from .step import CompiledStep, Player, Step, unchanged
 
-__all__ = ["NonFinite", "Training", "augmented", "fit"]
+__all__ = ["NonFinite", "Training", "augmented", "fit", "moves", "players"]
 
 _TIERS = ("auto", "eager", "graph", "compiled")
 _SAME = ("precision", "clip_norm", "ema", "early_stopping", "stop", "tolerance", "average")
@@ -265,6 +265,21 @@ def _trained(state: nn.Module | None) -> list[nn.Parameter]:
     return [] if state is None else [p for p in state.parameters() if p.requires_grad]
 
 
+def players(objective: Any) -> dict[str, Any]:
+    """The objective of each player by name; one without a name where it has none."""
+    return dict(getattr(objective, "players", {})) or {"": objective}
+
+
+def moves(objective: Any) -> int:
+    """How often a player moves in a step; of an objective with several, the one that moves most often."""
+    return max(int(getattr(part, "moves", 1)) for part in players(objective).values())
+
+
+def takes_whole_batches(objective: Any) -> bool:
+    """Whether what is left of an epoch once no batch can be filled is left out."""
+    return bool(getattr(objective, "whole_batches", False)) or moves(objective) > 1
+
+
 def _buffers(objective: Any) -> list[Tensor]:
     state = getattr(objective, "state", None)
     return [] if state is None else list(state.buffers())
@@ -291,26 +306,29 @@ class _Loop:
         self.device = training.torch_device()
         self.data = data
         self.feed = None
+        whole = takes_whole_batches(objective)
+        if is_source(data) and workers.world > 1 and moves(objective) > 1:
+            raise ValueError("a player that moves several times a step needs data in memory where several processes train")
         if is_source(data):
             share = workers.share if workers.world > 1 else None
-            self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype, share=share)
+            self.feed = Feed(data, batch_size, seed, device=self.device, dtype=training.dtype, share=share, whole=whole)
         self.leaves, self.spec = tree_flatten(data if self.feed is None else self.feed.resident)
         self.sliced = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         self.resident_rows = len(self.leaves[self.sliced[0]])
         self.num_data = self.resident_rows if self.feed is None else len(self.feed.source)
         self.batch_size = batch_size
         self.full = batch_size >= self.num_data and workers.micro_batches == 1
-        self.batches = self.feed or Batches(self.num_data, batch_size, seed=seed, device=self.device)
+        self.batches = self.feed or Batches(self.num_data, batch_size, seed=seed, device=self.device, whole=whole)
         self.schedules: dict[str, Callable[[int, int], float]] = dict(getattr(objective, "schedules", {}))
         self.total = total
         for tensor in (*target.trainable(), *target.changing()):
             if not tensor.is_contiguous():  # fused kernels walk memory row after row
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        players = self._players(objective, optimizer)
-        self.optimizer = players[0].optimizer
-        self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in players]
+        found = self._players(objective, optimizer)
+        self.optimizer = found[0].optimizer
+        self.rates = [multiplier(training.schedule, player.optimizer.lr, total) for player in found]
         self.step = Step(
-            players, target.changing() + _buffers(objective), self.tensors(), scheduled=len(self.schedules),
+            found, target.changing() + _buffers(objective), self.tensors(), scheduled=len(self.schedules),
             clip_norm=training.clip_norm, ema=training.ema,
         )  # fmt: skip
         self.noise_key, self.block_key = key(seed, "noise"), key(seed, "noise of blocks")
@@ -320,22 +338,22 @@ class _Loop:
 
     def _players(self, objective: Any, optimizer: Any) -> list[Player]:
         """The objective's players, each with its own parameters and optimizer; one without a name if it has none."""
-        games: dict[str, Any] = dict(getattr(objective, "players", {})) or {"": objective}
+        games = players(objective)
         optimizers = optimizer if isinstance(optimizer, dict) else dict.fromkeys(games, optimizer)
         if set(optimizers) != set(games) or ("" in optimizers and isinstance(optimizer, dict)):
             raise ValueError(
                 f"`optimizer` has {', '.join(map(repr, optimizers)) or 'nothing'}, but the objective's players are "
                 f"{', '.join(map(repr, games)) if '' not in games else 'one, without a name: give one optimizer'}"
             )
-        players = []
+        found = []
         for name, part in games.items():
             params = self.target.trainable(name) + _trained(getattr(part, "state", None))
             own = from_torch(optimizers[name])
             if isinstance(own, External):
                 own.bind(params)
                 own = internal(own, params)
-            players.append(Player(functools.partial(self._loss, part), params, own, name))
-        return players
+            found.append(Player(functools.partial(self._loss, part), params, own, name, moves(part)))
+        return found
 
     # -- pieces of a step ---------------------------------------------------------------------------------------------
 
@@ -395,9 +413,11 @@ class _Loop:
         """What depends on the step alone, ``(count, scalars)``: each player's, then the scheduled ones."""
         steps = np.arange(start, start + count)
         columns = []
-        for player, rate in zip(self.step.players, self.rates):
-            lr = player.optimizer.lr * rate(steps)
-            columns.append(lr[:, None] if player.external else player.optimizer.scalars(steps, lr))
+        for number, _, before in self.step.turns:
+            player = self.step.players[number]
+            lr = player.optimizer.lr * self.rates[number](steps)
+            taken = steps * player.moves + before  # updates of its own
+            columns.append(lr[:, None] if player.external else player.optimizer.scalars(taken, lr))
         for schedule in self.schedules.values():
             columns.append(np.array([[float(schedule(int(t), self.total))] for t in steps]))
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.training.dtype).to(self.device)
@@ -451,22 +471,24 @@ class _Loop:
         assert index is not None
         noise = step_keys(self.noise_key, step, 1)[0]
 
-        def run(player: int, scheduled: Tensor | None) -> list[Tensor]:
+        def run(turn: int, scheduled: Tensor | None) -> list[Tensor]:
             return self.workers.gradients(
-                lambda part: self.step.gradients(player, part, scheduled),
-                index,
-                lambda number: seed_generators(key(noise, player, number), self.device),
+                lambda part: self.step.gradients(self.step.turns[turn][0], part, scheduled),
+                cast(Tensor, self.step.share(index, turn)),
+                lambda number: seed_generators(key(noise, turn, number), self.device),
                 self.step.buffers,
             )
 
         return self.step.update(run, s)
 
     def pieces(self, step: int) -> list[tuple[int, Tensor | None]]:
-        """What this process runs in a step: keys of the noise (of the first player) and rows."""
+        """What this process runs in a step: keys of the noise (of the first move) and rows."""
         noise, index = step_keys(self.noise_key, step, 1)[0], self.index(step)
+        shares = [self.step.share(index, turn) for turn in range(self.step.shares)]
         if index is None or self.workers.micro_batches == 1:
-            return [(noise, index)]
-        return [(key(noise, 0, number), self.workers.rows(index, number)) for number in self.workers.own]
+            return [(noise, share) for share in shares]
+        parts = [(number, self.workers.rows(cast(Tensor, share), number)) for share in shares for number in self.workers.own]
+        return [(key(noise, 0, number), rows) for number, rows in parts]
 
     def _capture(self, step: int) -> None:
         """Capture what a step's batch needs: the whole step, or its gradient for each length of a micro-batch."""
@@ -652,7 +674,8 @@ def fit(
 ) -> None:
     """Train ``target`` and write into ``run``; see ``GenerativeModel.fit`` for the arguments, which are checked there."""
     num_data = num_rows(data)
-    plan = _Plan.make(math.ceil(num_data / batch_size), epochs, steps, training)
+    batches = num_data // batch_size if takes_whole_batches(objective) else math.ceil(num_data / batch_size)
+    plan = _Plan.make(batches, epochs, steps, training)
     loop = _Loop(
         target, data, objective, optimizer, training, workers or Workers(), batch_size=batch_size, total=plan.steps, seed=seed
     )
@@ -695,7 +718,7 @@ class _Trainer:
         self.write_seconds = 0.0
         self.monitor = loop.watch()
         patience = loop.training.early_stopping
-        usual = 20 if validation is not None and self.monitor is None else 0
+        usual = 20 if validation is not None and self.monitor is None and getattr(loop.objective, "selects", True) else 0
         self.patience = usual if patience is None else patience
 
     def train(self) -> None:

@@ -49,12 +49,14 @@ class Player:
         params: Parameters that it trains.
         optimizer: One of ours, or ``External``.
         name: Under which its metrics are reported; empty for the only player.
+        moves: Updates a step, each on rows of its own.
     """
 
     loss: LossFunction
     params: list[nn.Parameter]
     optimizer: Any
     name: str = ""
+    moves: int = 1
 
     def __post_init__(self) -> None:
         self.values = [p.detach() for p in self.params]  # the same storage, outside autograd
@@ -79,7 +81,9 @@ class Player:
 
 
 class Step:
-    """The step of one fit: each player's update in turn, from the parameters as the one before left them.
+    """The step of one fit: each player's updates in turn, from the parameters as the one before left them.
+
+    Where a player moves several times, a batch is cut into as many shares, one a move; who moves less often takes the last.
 
     Args:
         players: In the order in which they move.
@@ -102,6 +106,9 @@ class Step:
     ) -> None:
         self.players, self.buffers, self.leaves = list(players), buffers, leaves
         self.scheduled, self.clip_norm, self.ema_decay = scheduled, clip_norm, ema
+        self.shares = max(player.moves for player in self.players)
+        self.turns = [(i, self.shares - p.moves + k, k) for i, p in enumerate(self.players) for k in range(p.moves)]
+        """Of each move in a step: the player, its share of the rows, and how many moves of its own came before."""
         self.params = list({id(p): p for player in players for p in player.params}.values())
         self.values = [p.detach() for p in self.params]
         place = {id(p): i for i, p in enumerate(self.params)}
@@ -125,9 +132,15 @@ class Step:
     # -- the mathematics ----------------------------------------------------------------------------------------------
 
     def split_scalars(self, s: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """A step's scalars, split into each player's and the scheduled ones (None where there are none)."""
-        parts = list(torch.split(s, [player.num_scalars for player in self.players] + [self.scheduled]))
+        """A step's scalars, split into each move's and the scheduled ones (None where there are none)."""
+        parts = list(torch.split(s, [self.players[i].num_scalars for i, *_ in self.turns] + [self.scheduled]))
         return parts[:-1], parts[-1] if self.scheduled else None
+
+    def share(self, index: Tensor | None, turn: int) -> Tensor | None:
+        """The rows of a step that a move takes; None for all rows in order."""
+        if index is None or self.shares == 1:
+            return index
+        return index.chunk(self.shares)[self.turns[turn][1]]
 
     def _clip(self, loss: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
@@ -149,12 +162,12 @@ class Step:
         return [loss, norm, skip, *metrics]
 
     def update(self, run: Callable[[int, Tensor | None], Sequence[Tensor]], s: Tensor) -> list[Tensor]:
-        """All players' updates in place, where ``run`` gives a player's loss and gradients; then the moving average."""
+        """All moves' updates in place, where ``run`` gives a move's loss and gradients; then the moving average."""
         scalars, scheduled = self.split_scalars(s)
         results = []
-        for i, player in enumerate(self.players):
+        for turn, (i, *_) in enumerate(self.turns):
             before = [b.clone() for b in self._changing]
-            results.append(self._apply(player, run(i, scheduled), scalars[i]))
+            results.append(self._apply(self.players[i], run(turn, scheduled), scalars[turn]))
             self._restore(before, results[-1][2])
         summary = self._summary(results)
         if self.ema:
@@ -176,30 +189,41 @@ class Step:
         """``[loss, norm, skip, *metrics]`` of a step: with several players, their sum, and each loss among the metrics."""
         if not self.players[0].name:
             return results[0]
+        results = [self._over_moves(results, i) for i in range(len(self.players))]
         loss = torch.stack([r[0] for r in results]).sum()
         norm = torch.stack([r[1] for r in results]).norm()
         skip = torch.stack([r[2] for r in results]).any()
         return [loss, norm, skip, *(t for r in results for t in (r[0], *r[3:]))]
 
+    def _over_moves(self, results: list[list[Tensor]], player: int) -> list[Tensor]:
+        """A player's results: means over its moves, and whether any was skipped."""
+        own = [result for result, (i, *_) in zip(results, self.turns) if i == player]
+        if len(own) == 1:
+            return own[0]
+        loss, norm, skip, *metrics = (torch.stack(column) for column in zip(*own))
+        return [loss.mean(), norm.mean(), skip.any(), *(m.mean() for m in metrics)]
+
     def _functional(self, length: int, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """The same as plain arithmetic on new tensors, written back at the end."""
-        params, states, results = list(self.values), [], []
+        params, results = list(self.values), []
+        states = [player.state for player in self.players]
         scalars, scheduled = self.split_scalars(s)
-        rows = [] if index is None else [index]
-        for j, player in enumerate(self.players):
+        for turn, (j, *_) in enumerate(self.turns):
+            player, share = self.players[j], self.share(index, turn)
+            rows = [] if share is None else [share]
             before = [b.clone() for b in self._changing]
             inputs = [*params, *self.buffers, *self.leaves, *rows, *([] if scheduled is None else [scheduled])]
             loss, metrics, grads = player.split(self._graphs[j, length](*inputs))
             grads, norm, skip = self._clip(loss, grads)
-            own, state = player.optimizer.update([params[k] for k in self._own[j]], grads, player.state, scalars[j], skip)
+            own, states[j] = player.optimizer.update([params[k] for k in self._own[j]], grads, states[j], scalars[turn], skip)
             for k, value in zip(self._own[j], own):
                 params[k] = value
             self._restore(before, skip)
-            states += [t for part in state for t in part]
             results.append([loss, norm, skip, *metrics])
         summary = self._summary(results)
         ema = [e + self._ema_weight(summary[2]) * (p - e) for e, p in zip(self.ema, params)]
-        for into, value in zip(self.mutable(), [*params, *states, *ema]):
+        moments = [t for state in states for part in state for t in part]
+        for into, value in zip(self.mutable(), [*params, *moments, *ema]):
             into.copy_(value)
         return summary
 
@@ -207,16 +231,24 @@ class Step:
 
     def eager(self, index: Tensor | None, s: Tensor) -> list[Tensor]:
         """Run the programs as written."""
-        return self.update(lambda i, scheduled: self.players[i].loss_and_grads(self.leaves, index, scheduled), s)
+
+        def run(turn: int, scheduled: Tensor | None) -> list[Tensor]:
+            return self.players[self.turns[turn][0]].loss_and_grads(self.leaves, self.share(index, turn), scheduled)
+
+        return self.update(run, s)
 
     def graph(self, index: Tensor | None, other: Tensor | None) -> Callable[[Tensor | None, Tensor], list[Tensor]]:
         """The step in the graph tier for batches of this length; raises CaptureRefused."""
-        forwards = [graph.forward for graph in self.captured(index, other)]
+        forwards = [graph.forward for graph in self.captured(self.share(index, 0), self.share(other, 0))]
         fixed = [*self.values, *self.buffers, *self.leaves]
 
         def run(index: Tensor | None, s: Tensor) -> list[Tensor]:
-            rows = [] if index is None else [index]
-            return self.update(lambda i, scheduled: forwards[i](*fixed, *rows, *([] if scheduled is None else [scheduled])), s)
+            def move(turn: int, scheduled: Tensor | None) -> Sequence[Tensor]:
+                share = self.share(index, turn)
+                rows = [] if share is None else [share]
+                return forwards[self.turns[turn][0]](*fixed, *rows, *([] if scheduled is None else [scheduled]))
+
+            return self.update(move, s)
 
         return run
 
@@ -243,7 +275,7 @@ class Step:
         self._compiled[player, length] = fn
 
     def captured(self, index: Tensor | None, other: Tensor | None) -> list[fx.GraphModule]:
-        """Each player's graph of ``loss_and_grads``, captured on ``index`` and checked on ``other``."""
+        """Each player's graph of ``loss_and_grads``, captured on the rows of a move and checked on ``other`` ones."""
         length = -1 if index is None else len(index)
         for i, player in enumerate(self.players):
             if (i, length) not in self._graphs:
@@ -283,7 +315,8 @@ class Step:
 
     def traced(self, index: Tensor | None, s: Tensor) -> Traced:
         """The whole step as one graph, ready to compile, from one step's rows and scalars. Changes nothing."""
-        length = -1 if index is None else len(index)
+        share = self.share(index, 0)
+        length = -1 if share is None else len(share)
         inputs = [*self.mutable(), *self.leaves, *([] if index is None else [index]), s]
 
         def fn(*args: Tensor) -> list[Tensor]:
