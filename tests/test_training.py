@@ -4,8 +4,10 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +260,43 @@ def test_a_ragged_batch_that_cannot_be_captured_falls_back(monkeypatch):
     monkeypatch.setattr(LOOP, "CAPTURE_WORTH_SECONDS", 0.0)
     run = fit(pgen.Pair(model), Y, compile="auto", steps=12)
     assert run.steps == 12 and run.tier == "eager" and "depends on tensor values" in run.tier_reason
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_auto_leaves_compiled_steps_that_are_slower(slow, monkeypatch):
+    taken = []
+
+    class Instead:
+        """In the place of compilation, ready at once: eager steps, late ones if asked."""
+
+        def __init__(self, loop, step, unroll, wait):
+            self.loop = loop
+
+        def poll(self):
+            self.loop.tier, self.loop.reason = "compiled", ""
+
+        def run(self, step, limit, table):
+            index = self.loop.index(step)
+            time.sleep(0.05 if slow else 0.0)
+            taken.append(step)
+            return 1, [o.reshape(1) for o in self.loop.step.eager(index, table[0])]
+
+        def cancel(self):
+            pass
+
+    for name, value in {"CAPTURE_WORTH_SECONDS": 0.0, "COMPILE_WORTH_SECONDS": 0.0, "_Compilation": Instead}.items():
+        monkeypatch.setattr(LOOP, name, value)
+    monkeypatch.setattr(LOOP, "TRIAL_BLOCKS", 3)
+    monkeypatch.setattr(LOOP, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(LOOP, "SLOWER", 1.05 if slow else 1e6)
+    steps = 40
+    run = fit(pgen.Pair(regression), Y, steps=steps, compile="auto")
+    np.testing.assert_array_equal(run.history["step"], np.arange(1, steps + 1))
+    if slow:
+        assert run.tier == "graph" and 0 < len(taken) < 20
+        assert re.fullmatch(r"compiled code took [\d.]+ ms a step, the graph [\d.]+", run.tier_reason)
+    else:
+        assert run.tier == "compiled" and run.tier_reason == "" and taken[-1] == steps - 1
 
 
 def test_auto_takes_the_graph_once_it_is_worth_it(monkeypatch):

@@ -54,6 +54,9 @@ CHECKPOINT_SECONDS = 10.0
 """Time between checkpoints unless told otherwise; longer where writing one takes more than a twentieth of that."""
 REUSE_WORTH_SECONDS = 3.0
 """The same, where an earlier run has left the compiled step in the compiler's cache."""
+TRIAL_BLOCKS, SLOWER = 10, 1.05
+"""Blocks that compiled steps are tried for under ``compile="auto"``, and what a step may take of the graph's before they are
+left again: the fastest block of each counts."""
 WORK_A_CALL = 200_000_000
 """Parameters times rows of the steps that share a call: what the call itself costs is then little beside them."""
 MOST_STEPS_A_CALL = 64
@@ -77,7 +80,7 @@ class Training:
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``...
         precision: ``"float32"``, ``"float64"``, or ``"bfloat16"`` (autocast: float32 parameters, bfloat16 products).
         compile: ``"auto"`` starts at once and takes faster tiers as they become ready; ``"eager"``, ``"graph"`` and
-            ``"compiled"`` settle the tier before the first step.
+            ``"compiled"`` settle the tier before the first step. Compiled steps that are slower are left again.
         deterministic: With ``compile="auto"``, settle the tier before the first step, so that runs agree to the bit; on
             several processes, add gradients in one order, so that runs on any number of them agree to the bit too.
         clip_norm: Largest Euclidean norm of the gradient.
@@ -709,6 +712,7 @@ class _Trainer:
         self.log, self.bar = _Log(), Progress(plan.steps, progress and self.workers.leads)
         self.done, self.skipped, self.skipped_in_row = 0, 0, 0
         self._measure_anew()
+        self.graph_seconds = math.inf
         self.compilation: _Compilation | _GradientCompilation | None = None
         self.best: tuple[float, list[Tensor]] | None = None
         self.stopped = ""
@@ -910,11 +914,23 @@ class _Trainer:
             if left > CAPTURE_WORTH_SECONDS:
                 loop.raise_to_graph(self.done)
                 self._measure_anew()
-        elif loop.tier == "graph" and self.compilation is None and self.blocks > 2:  # the first calls are slow
+        elif loop.tier == "graph" and self.compilation is None and self.blocks > 2 and not loop.reason:  # first calls are slow
             if left > COMPILE_WORTH_SECONDS or (left > REUSE_WORTH_SECONDS and self.compiled_before):
                 self._start_compilation(wait=False)
         elif loop.tier == "graph" and self.compilation is not None:
             self.compilation.poll()
+            if loop.tier == "compiled":
+                self.graph_seconds = self.fastest
+                self._measure_anew()
+        elif loop.tier == "compiled" and self.blocks == TRIAL_BLOCKS and self.fastest > SLOWER * self.graph_seconds:
+            self._leave_compiled()
+
+    def _leave_compiled(self) -> None:
+        """Go back to the graph, which was faster."""
+        if isinstance(self.compilation, _Compilation):
+            times = f"{1e3 * self.fastest:.3g} ms a step, the graph {1e3 * self.graph_seconds:.3g}"
+            self.compilation, self.loop.tier, self.loop.reason = None, "graph", f"compiled code took {times}"
+            self._measure_anew()
 
     def _measure_anew(self) -> None:
         """Another tier, another speed: begin with short blocks."""
