@@ -284,6 +284,11 @@ class _Questions(nn.Module):
         parts = settings.micro_batches or (None if checkpoint is None else recorded(Path(checkpoint), "micro_batches"))
         run = Run()
         with together(parts, exact=settings.deterministic, timeout=settings.timeout, device=device) as workers:
+            if workers.micro_batches > 1 and not getattr(objective, "divisible", True):
+                raise ValueError(
+                    f"{type(objective).__name__} moves its chains as a whole, so that a step cannot be cut into "
+                    f"{workers.micro_batches} micro-batches; train in one process, or with chains that begin at the data"
+                )
             if size < workers.micro_batches:
                 raise ValueError(f"a batch of {size} rows cannot be cut into {workers.micro_batches} micro-batches")
             self.to(device=device, dtype=settings.dtype)

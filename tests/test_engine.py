@@ -176,6 +176,7 @@ class Drifting:
     chain: Chain | None = None
     kind: str = "unnormalised"
     selects: bool = False
+    divisible: bool = True
 
     @property
     def state(self):
@@ -200,6 +201,11 @@ def test_a_state_begins_at_the_data_and_is_carried_on(tier):
         at += 1.0
         left -= 0.1 * (left - at)
     assert float(model.left.weight.detach()) == pytest.approx(left, abs=1e-12)
+
+
+def test_chains_are_not_cut_into_micro_batches():
+    with pytest.raises(ValueError, match="Drifting moves its chains as a whole.*2 micro-batches; train in one process"):
+        Two().fit(X, objective=Drifting(divisible=False), steps=1, micro_batches=2, progress=False)
 
 
 def test_what_selects_nothing_stops_nothing():

@@ -40,7 +40,8 @@ class Objective(Protocol):
     parameters' dotted names), in the order in which they move. A player with ``moves`` moves as often in every step, each time
     on a batch of its own. ``whole_batches`` leaves out what is left of an epoch once no batch can be filled; a game with
     several moves does so anyway. Without ``rows`` nothing is measured on held-out data; where ``selects`` is False, what is
-    measured there decides nothing.
+    measured there decides nothing. ``divisible`` False refuses micro-batches: each of these meets the state as the step found
+    it, and the mean of what they make of it must be the next one, which does not hold for chains.
 
     ``rows`` is maximised on held-out data (early stopping, the best parameters, ``Run.bound``), and ``word``, a string, says
     what it is: ``"critic accuracy"``, say. An objective without one is told as ``"log-likelihood"`` where the guide draws
