@@ -204,7 +204,7 @@ def test_a_state_begins_at_the_data_and_is_carried_on(tier):
 
 
 def test_chains_are_not_cut_into_micro_batches():
-    with pytest.raises(ValueError, match="Drifting moves its chains as a whole.*2 micro-batches; train in one process"):
+    with pytest.raises(ValueError, match=r"Drifting moves its chains as a whole.*2 micro-batches; train in one process"):
         Two().fit(X, objective=Drifting(divisible=False), steps=1, micro_batches=2, progress=False)
 
 
