@@ -1052,6 +1052,7 @@ class GenerativeModel(_Questions, PyroModule):
             log_det = 0.0 if change is None else change.double()
             model, guide = (self.marginal, _Empty()) if self._closed and settings is None else self.programs()
             latents = run_program(guide, take(prepared, slice(0, 1)))
+            estimated = _estimated(latents, settings)
             if settings is not None:
                 found = anneal(*self.programs(), prepared, settings, **asked)
                 chains = settings.num_chains
@@ -1060,7 +1061,7 @@ class GenerativeModel(_Questions, PyroModule):
             if self.unit_rows > UNIT_ROWS and compile == "auto":
                 asked["compile"] = "eager"
             value, error = importance_bound(
-                model, guide, prepared, draws, batch_size=batch_size, unit_rows=self.unit_rows, **asked
+                model, guide, prepared, draws, batch_size=batch_size, unit_rows=self.unit_rows, estimated=estimated, **asked
             )
         if not latents:
             return Score(value + log_det, "lower_bound" if self._mass_bound else "exact", size, measure=measure)
@@ -1641,12 +1642,13 @@ class Pair(_Questions):
             size = sum(math.prod(t.fn.event_shape) for t in traces.likelihoods.values())
             measures = {term.measure for term in traces.likelihoods.values()}
             measure: Measure = measures.pop() if len(measures) == 1 else ""
+            estimated = _estimated({**traces.model, **traces.guide}, settings)
             if settings is not None:
                 found = anneal(*self.programs(), batch, settings, **asked)
                 return Score(found.value, "lower_bound", size, found.error, settings.num_chains, measure)
             value, error = importance_bound(
                 *self.programs(), batch, int(num_samples) if traces.guide else 1, batch_size=batch_size,
-                unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS, **asked,
+                unit_rows=batch_length(batch) if self._shapes.get("rows") else UNIT_ROWS, estimated=estimated, **asked,
             )  # fmt: skip
         if not traces.guide:
             return Score(value, "exact", size, measure=measure)
@@ -1753,6 +1755,14 @@ class Pair(_Questions):
         self.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
         load_state(self, tensors, "the file")
         self._pending, self.primed = None, True
+
+
+def _estimated(terms: Mapping[str, Term], settings: AIS | None) -> bool:
+    """Whether log-weights are unbiased estimates, whose mean is a bound; annealing needs them exactly."""
+    found = next((name for name, term in terms.items() if term.estimated), None)
+    if found is not None and settings is not None:
+        raise NotAvailable(f"site {found!r} estimates its log-density, so there is nothing to anneal; leave method='ais' out")
+    return found is not None
 
 
 class _Empty(nn.Module):

@@ -308,6 +308,11 @@ class Term:
         return measure_of(self.fn)
 
     @property
+    def estimated(self) -> bool:
+        """Whether ``log_prob`` is an unbiased estimate of a log-density: then means of it are bounds, and nothing else is."""
+        return bool(getattr(innermost(self.fn), "estimated", False))
+
+    @property
     def local(self) -> bool:
         """Whether the site lies in the data plate."""
         return any(name == DATA_PLATE for name, _ in self.plates)

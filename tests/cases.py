@@ -94,6 +94,7 @@ class Case:
         latents: Whether the guide draws anything, so that ``log_prob`` takes samples.
         values: Values that each number of x takes, if finite: 0, ..., ``values`` - 1.
         lacks: Questions that raise NotAvailable.
+        tightens: Whether more samples raise a bound on average.
         options: Of every fit.
     """
 
@@ -104,6 +105,7 @@ class Case:
     latents: bool = True
     values: int = 0
     lacks: tuple[str, ...] = ()
+    tightens: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def model(self, seed: int = 0) -> Any:
@@ -160,6 +162,16 @@ def latent(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | 
     return Case(make, x, context, **{"kind": "exact", "latents": True, **fields})
 
 
+def diffusion(event: tuple[int, ...] = EVENT, **options: Any) -> Callable[[int], models.Diffusion]:
+    """Makes a tiny diffusion model."""
+    return lambda seed: models.Diffusion(event, width=8, blocks=1, seed=seed, **options)
+
+
+def noisy(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None) -> Case:
+    """A diffusion model: latents that are seen at one time, of which no weights are made."""
+    return Case(make, x, context, lacks=(*_NO_LATENTS, "draw"), tightens=False)
+
+
 def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
     """Makes a tiny VAE."""
     return lambda seed: VAE(EVENT, LATENT, (6,), likelihood=likelihood, seed=seed, **options)
@@ -184,6 +196,20 @@ CASES: dict[str, Case] = {
     "vae_dequantized": Case(
         lambda seed: vae("gaussian", preprocess=Compose([Dequantize(CLASSES), Logit(0.05)]))(seed), _CLASSES.float()
     ),
+    "diffusion": noisy(diffusion(), _REALS),
+    "diffusion_steps_context": noisy(
+        diffusion(num_steps=7, prediction="noise", schedule="cosine", context_dim=CONTEXT), _REALS, _CONTEXT
+    ),
+    "diffusion_learned": noisy(diffusion(schedule="learned", prediction="data", dropout=0.1), _REALS),
+    "diffusion_standardized": noisy(lambda seed: diffusion(preprocess=Standardize())(seed), _REALS),
+    "diffusion_bits": noisy(diffusion(likelihood="bernoulli", schedule="linear"), _BITS),
+    "diffusion_classes_context": noisy(
+        diffusion(likelihood="categorical", num_classes=CLASSES, schedule="learned", context_dim=CONTEXT), _CLASSES, _CONTEXT
+    ),
+    "diffusion_classes_velocity": noisy(
+        diffusion(likelihood="categorical", num_classes=CLASSES, prediction="velocity"), _CLASSES
+    ),
+    "diffusion_unet": noisy(diffusion((2, 4), network="unet"), _IMAGES[:, 0]),
     "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
     "kde": exact(lambda seed: models.KernelDensity(EVENT), _REALS),
     "kde_full": exact(lambda seed: models.KernelDensity(EVENT, covariance="full"), _REALS),

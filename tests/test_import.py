@@ -17,7 +17,7 @@ ROWS = [
     {"enumeration"},
     {"programs"},
     {"data"},
-    {"nn"},
+    {"nn", "denoisers"},
     {"distributions"},
     {"guides"},
     {"objectives"},

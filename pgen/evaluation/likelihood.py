@@ -44,6 +44,7 @@ def importance_bound(
     held: Sequence[Tensor] = (),
     batch_size: int | None = None,
     unit_rows: int = UNIT_ROWS,
+    estimated: bool = False,
     compile: str = "auto",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,8 @@ def importance_bound(
 
     .. math:: \hat{\mathcal{L}}_K = \log \frac{1}{K} \sum_k w_k, \qquad
         \operatorname{se} = \sqrt{\frac{1}{K} \Bigl(\frac{\overline{w^2}}{\bar{w}^2} - 1\Bigr)} \text{ (delta method)}
+
+    Of estimated log-weights only a mean is a bound: then it is :math:`\frac{1}{K} \sum_k \log w_k` with its standard error.
 
     Args:
         model: The model program, all of whose latents lie in the data plate.
@@ -61,6 +64,7 @@ def importance_bound(
         held: Parameters and buffers of the programs.
         batch_size: Rows whose likelihood is evaluated at a time; changes memory, not results.
         unit_rows: Most rows that share one noise key; all of them for a guide with parameters of each row.
+        estimated: Whether a log-weight is an unbiased estimate itself.
         compile: The tier, as in ``Unit``; where ``batch_size`` divides a unit, ``"auto"`` means ``"eager"``.
         progress: Whether to show a bar on what takes more than two seconds.
 
@@ -88,9 +92,14 @@ def importance_bound(
             for chunk in range(draws.units):
                 bar.at(number * draws.units + chunk, "log_prob")
                 (log_weight,) = unit(key(seed, "bound", number, chunk), *part)  # (draws, rows)
-                sums = _accumulate(sums, log_weight[: draws.kept(chunk), : rows.kept(number)])
+                kept = log_weight[: draws.kept(chunk), : rows.kept(number)]
+                sums = _add(sums, kept) if estimated else _accumulate(sums, kept)
             out.append(torch.stack(sums))
     first, second = torch.cat(out, -1)
+    if estimated:
+        mean = first / num_samples
+        spread = (second / num_samples - mean.square()).clamp(min=0)
+        return mean, (spread / (num_samples - 1)).sqrt() if num_samples > 1 else torch.full_like(mean, math.nan)
     relative = (second - 2 * first + math.log(num_samples)).exp() - 1
     error = (relative.clamp(min=0) / num_samples).sqrt() if num_samples > 1 else torch.full_like(relative, math.nan)
     return first - math.log(num_samples), error
@@ -106,6 +115,12 @@ def _accumulate(sums: list[Tensor], log_weight: Tensor) -> list[Tensor]:
     """Log-sums of the weights and of their squares over the draws so far, ``(rows,)`` each."""
     new = [torch.logsumexp(log_weight, 0), torch.logsumexp(2 * log_weight, 0)]
     return [torch.logaddexp(*pair) for pair in zip(sums, new)] if sums else new
+
+
+def _add(sums: list[Tensor], log_weight: Tensor) -> list[Tensor]:
+    """Sums of the log-weights and of their squares over the draws so far, ``(rows,)`` each."""
+    new = [log_weight.sum(0), log_weight.square().sum(0)]
+    return [a + b for a, b in zip(sums, new)] if sums else new
 
 
 def _log_weights(

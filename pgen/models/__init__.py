@@ -4,6 +4,7 @@ from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
 from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
+from .diffusion import Diffusion
 from .flow import Flow
 from .gaussian import Gaussian
 from .glow import Glow
@@ -24,6 +25,7 @@ __all__ = [
     "VAE",
     "Autoencoder",
     "CausalTransformer",
+    "Diffusion",
     "FactorAnalysis",
     "Flow",
     "Gaussian",

@@ -91,6 +91,10 @@ class IWAE:
                 raise ValueError(
                     f"site {term.name!r} is scaled, and {own} with a scale is no bound; remove the scale or use ELBO"
                 )
+            if term.estimated:
+                raise ValueError(
+                    f"site {term.name!r} estimates its log-density, and {own} takes the exponential of it: use ELBO, a mean"
+                )
         for term in guide.values():
             if not term.reparameterized and not self.score_function:
                 raise ValueError(

@@ -1,0 +1,364 @@
+r"""Diffusion: data become noise little by little, and a network learns the way back.
+
+.. math::
+
+    q(z_t \mid x) = \mathcal{N}(\alpha_t x, \sigma_t^2 I), \qquad
+    p(z_s \mid z_t) = q\bigl(z_s \mid z_t, x = \hat{x}(z_t, \lambda_t)\bigr), \qquad p(z_1) = \mathcal{N}(0, I)
+
+The pair: the guide is the forward chain and has nothing to learn (but the ends of a learned schedule); the model is the
+reverse chain, and p(x | z_0) at its end. The bound is the sum of what the last step, the chain and the prior cost,
+
+.. math::
+
+    \log p(x) \ge \mathbb{E}\bigl[\log p(x \mid z_0)\bigr] - D\bigl(q(z_1 \mid x) \,\|\, p(z_1)\bigr)
+        + \tfrac12 \int_0^1 \tfrac{d e^{\lambda_t}}{dt} \, \mathbb{E} \lVert x - \hat{x}(z_t, \lambda_t) \rVert^2 \, dt
+
+and a step sees the integral (in discrete time the sum over T steps) at one time for each datum.
+
+Ho, Jain, Abbeel (2020), Denoising diffusion probabilistic models, arXiv:2006.11239; Kingma, Salimans, Poole, Ho (2021),
+Variational diffusion models, arXiv:2107.00630.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..base import GenerativeModel
+from ..contracts import Batch, NotAvailable, Seed, check_choice, check_positive
+from ..data.transforms import Transform
+from ..denoisers import ResidualMLP, UNet
+from ..distributions.noising import SCHEDULES, Denoising, NoiseSchedule, Noising, alpha_sigma, wide
+from ..samplers.diffusion import SOLVERS
+from ..training.fit import Training
+from ..training.optim import Adam
+
+__all__ = ["Diffusion"]
+
+PREDICTIONS = ("velocity", "noise", "data", "classes")
+LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
+MOST_CLASSES = 32
+"""Levels up to which the network gives a probability of each, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How samples are drawn."""
+
+    solver: str = "dpm"
+    steps: int | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, tuple(SOLVERS))
+        check_positive("steps", self.steps, allow_none=True)
+
+
+class Diffusion(GenerativeModel):
+    r"""Diffusion model in continuous or discrete time.
+
+    Inside, x is centred and scaled: each number by its own standard deviation in a vector, all by one in an array. Levels
+    0, ..., K - 1 keep their distances, and the last step is a distribution over them,
+    :math:`p(x_d = k \mid z_0) \propto q(z_{0,d} \mid x_d = k)`: the bound is then one of probabilities, in bits per dimension
+    comparable with any other.
+
+    Shapes: x ``(N, *event_shape)``, context ``(N, context_dim)``.
+
+    Args:
+        event_shape: Shape of one datum.
+        network: ``"mlp"``, ``"unet"`` (for images), or a module ``(z, level, context)`` -> ``(B, *event_shape)``: z
+            ``(B, *event_shape)``, level ``(B,)`` from 0 (data) to 1 (noise), context ``(B, context_dim + 1)``, whose last
+            number says whether the rest is given, left out without context. A model with a module of yours cannot be saved.
+        width: Hidden units, or channels.
+        blocks: Residual blocks of the dense network.
+        prediction: What the network gives: ``"velocity"`` (:math:`\alpha \epsilon - \sigma x`), ``"noise"``, ``"data"``, or
+            ``"classes"``: for each number the logits of its levels apart from what z itself says of it (a module gives
+            ``(B, *event_shape, K)``). By default classes up to 32 levels, else velocity.
+        likelihood: ``"gaussian"`` (real x), ``"categorical"`` (ordered levels 0, ..., num_classes - 1) or ``"bernoulli"``.
+        num_classes: Levels.
+        schedule: ``"linear_log_snr"``, ``"cosine"``, ``"linear"`` or ``"learned"``; see
+            ``pgen.distributions.noising.NoiseSchedule``.
+        log_snr: Its ends :math:`(\lambda_\min, \lambda_\max)`; by default -10, and 13.3 or what tells levels apart.
+        num_steps: T of a chain in discrete time; None for continuous time.
+        dropout: Of hidden units, in training.
+        context_dim: Size of the context; 0 for none.
+        context_dropout: Share of the data of a step whose context is hidden, for classifier-free guidance.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
+
+    Example:
+        >>> model = Diffusion((2,), width=16, blocks=1)
+        >>> run = model.fit(torch.randn(200, 2), steps=5, progress=False)
+        >>> model.sample(3, solver="heun", steps=4).shape
+        torch.Size([3, 2])
+
+    References:
+        Salimans and Ho (2022), arXiv:2202.00512 (velocity); Gulrajani and Hashimoto (2023), arXiv:2305.18619, section 3
+        (classes that leave what z says to Bayes' rule); Ho and Salimans (2022), arXiv:2207.12598 (guidance).
+    """
+
+    family = "diffusion"
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        network: str | nn.Module = "mlp",
+        *,
+        width: int | None = None,
+        blocks: int = 3,
+        prediction: str | None = None,
+        likelihood: str = "gaussian",
+        num_classes: int | None = None,
+        schedule: str = "linear_log_snr",
+        log_snr: tuple[float, float] | None = None,
+        num_steps: int | None = None,
+        dropout: float = 0.0,
+        context_dim: int = 0,
+        context_dropout: float = 0.1,
+        preprocess: Transform | None = None,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        self.classes = _classes(likelihood, num_classes)
+        prediction = prediction or ("classes" if 0 < self.classes <= MOST_CLASSES else "velocity")
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("schedule", schedule, SCHEDULES)
+        if prediction == "classes" and not self.classes:
+            raise ValueError("prediction='classes' goes with likelihood='categorical' or 'bernoulli', got 'gaussian'")
+        for name, number in (("width", width), ("num_steps", num_steps)):
+            check_positive(name, number, allow_none=True)
+        for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):
+            if not 0 <= share < 1:
+                raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
+        self.width, self.blocks, self.prediction, self.likelihood, self.num_classes = (
+            width, blocks, prediction, likelihood, num_classes,
+        )  # fmt: skip
+        self.schedule_name, self.log_snr, self.num_steps = schedule, log_snr, num_steps
+        self.dropout, self.context_dropout = float(dropout), float(context_dropout)
+        self.network_name = network if isinstance(network, str) else ""
+        outputs = self.classes if prediction == "classes" else 1
+        with self.initial_weights(seed):
+            self.network = network if isinstance(network, nn.Module) else self._network(network, outputs)
+        self.schedule = NoiseSchedule(schedule, log_snr or (-10.0, 13.3))
+        self.register_buffer("shift", torch.zeros(math.prod(self.event_shape)))
+        self.register_buffer("scale", torch.ones(math.prod(self.event_shape)))
+        self._sampling = _Sampling()
+
+    def _network(self, name: str, outputs: int) -> nn.Module:
+        check_choice("network", name, ("mlp", "unet"))
+        told = self.context_dim + 1 if self.context_dim else 0
+        if name == "unet":
+            return UNet(self.event_shape, self.width or 32, outputs=outputs, context_dim=told, dropout=self.dropout)
+        return ResidualMLP(
+            self.event_shape, self.width or 256, self.blocks, outputs=outputs, context_dim=told, dropout=self.dropout
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        if not self.network_name:
+            raise ValueError("a Diffusion with a network of your own cannot be saved whole; save network.state_dict() yourself")
+        names = (
+            "width", "blocks", "prediction", "likelihood", "num_classes", "num_steps", "dropout", "context_dim",
+            "context_dropout",
+        )  # fmt: skip
+        plain = {name: getattr(self, name) for name in names}
+        ends = None if self.log_snr is None else list(self.log_snr)
+        shape = list(self.event_shape)
+        return {"event_shape": shape, "network": self.network_name, "schedule": self.schedule_name, "log_snr": ends, **plain}
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        schedule = settings.schedule or (None if settings.stop == "converged" else "warmup_cosine")
+        return Adam(1e-3), replace(settings, schedule=schedule, clip_norm=settings.clip_norm or 1.0)
+
+    def prime(self, data: Batch) -> None:
+        """Take the centre and the scale of the data, and for levels the signal that tells them apart."""
+        x = self._prepared(data)[0]["x"].flatten(1)
+        with torch.no_grad():
+            self.shift.copy_(x.mean(0))
+            apart = not self.classes and len(self.event_shape) == 1
+            spread = x.std(0, correction=0) if apart else (x - self.shift).square().mean().sqrt().expand_as(self.scale)
+            self.scale.copy_(torch.where(spread > 1e-6 * x.abs().amax(), spread, torch.ones_like(spread)))
+            if self.classes and self.log_snr is None:  # neighbours are ten standard deviations apart at the end
+                self.schedule.ends[1] = 2 * math.log(10 * float(self.scale[0]))
+
+    # -- the pair -------------------------------------------------------------------------------------------------------
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> None:
+        """q(z | x): the forward chain."""
+        assert x is not None
+        with self.plate(x, context):
+            pyro.sample("z", Noising(self._standard(x), self.schedule.ends[1]))
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """p(x, z | c): the reverse chain, and x at its end."""
+        with self.plate(x, context) as rows:
+            chain = Denoising(
+                lambda z, log_snr: self.denoise(z, log_snr, self._told(context)), self.schedule,
+                None if x is None else self._standard(x), lambda count: self._draw(count, context), rows=len(rows),
+                event_shape=self.event_shape, num_steps=self.num_steps, weight=self._weight,
+                real=not self.classes,
+            )  # fmt: skip
+            z = pyro.sample("z", chain)
+            return pyro.sample("x", self.end(z[..., : self.scale.numel()]), obs=x)
+
+    def denoise(self, z: Tensor, log_snr: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""The estimate :math:`\hat{x}` of the standardised data.
+
+        Args:
+            z: ``(B, *event_shape)``.
+            log_snr: ``(B,)``.
+            context: ``(B, context_dim + 1)``, the last number 1 where the rest is given.
+        """
+        low, high = self.schedule.ends.detach()
+        level = (high - log_snr) / (high - low)
+        out = self.network(z, level) if context is None else self.network(z, level, context)
+        alpha, sigma = (wide(part, z) for part in alpha_sigma(log_snr))
+        if self.prediction == "velocity":
+            return alpha * z - sigma * out
+        if self.prediction == "noise":
+            return (z - sigma * out) / alpha
+        return out if self.prediction == "data" else self._expected(out, z, log_snr, alpha)
+
+    def _expected(self, logits: Tensor, z: Tensor, log_snr: Tensor, alpha: Tensor) -> Tensor:
+        """The mean level, by Bayes' rule from the network's probabilities and the number's own noisy value."""
+        points = self._points().unflatten(0, self.event_shape)  # (*event_shape, K)
+        signal = wide(log_snr.exp(), logits)
+        return (((logits - 0.5 * signal * ((z / alpha).unsqueeze(-1) - points).square()).softmax(-1)) * points).sum(-1)
+
+    def _points(self) -> Tensor:
+        """Where the levels lie once standardised, ``(D, K)``."""
+        levels = torch.arange(self.classes, device=self.scale.device, dtype=self.scale.dtype)
+        return (levels - self.shift[:, None]) / self.scale[:, None]
+
+    def _weight(self, log_snr: Tensor) -> Tensor:
+        """From the squared error of x to that of what the network gives."""
+        if self.prediction == "noise":
+            return log_snr.exp()
+        return 1 + log_snr.exp() if self.prediction == "velocity" else torch.ones_like(log_snr)
+
+    def end(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z_0), in the units of (preprocessed) x; z_0 is ``(B, D)``."""
+        alpha, sigma = alpha_sigma(self.schedule.ends[1])
+        if not self.classes:
+            there = (self.shift + self.scale * z / alpha).unflatten(-1, self.event_shape)
+            spread = (self.scale * sigma / alpha).reshape(self.event_shape)
+            return dist.Normal(there, spread.expand_as(there)).to_event(len(self.event_shape))
+        signal = self.schedule.ends[1].exp()
+        logits = (-0.5 * signal * ((z / alpha).unsqueeze(-1) - self._points()).square()).unflatten(-2, self.event_shape)
+        if self.likelihood == "bernoulli":
+            return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0]).to_event(len(self.event_shape))
+        return dist.Categorical(logits=logits).to_event(len(self.event_shape))
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return ((x.flatten(1) - self.shift) / self.scale).reshape(x.shape)
+
+    def _told(self, context: Tensor | None, given: bool = True) -> Tensor | None:
+        """The context and whether it is given; in training some are hidden."""
+        if context is None:
+            return None
+        seen = context.new_full((len(context), 1), float(given))
+        if self.training and self.context_dropout:
+            seen = (torch.rand_like(seen) >= self.context_dropout).to(seen.dtype)
+        return torch.cat([context * seen, seen], -1)
+
+    # -- samples --------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        n: int = 1,
+        context: Any = None,
+        *,
+        solver: str = "dpm",
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: Seed = 0,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> Tensor:
+        r"""Draw x from the model.
+
+        Args:
+            n: How many.
+            context: One context for all, shape ``(1, context_dim)``, or one for each.
+            solver: ``"dpm"``, ``"heun"``, ``"ddim"`` (the probability-flow equation in few steps), or ``"ancestral"``.
+            steps: Of the solver; by default 20, of ``ancestral`` T, or 1000 in continuous time.
+            guidance: w of classifier-free guidance, :math:`\hat{x}_\varnothing + w (\hat{x}_c - \hat{x}_\varnothing)`:
+                1 is the model's own p(x | c), above 1 presses towards what is typical of c alone.
+            seed: Keys the draws.
+            compile: The tier; ``"auto"`` goes by the amount of work.
+            progress: Whether to show a bar on what takes more than two seconds.
+
+        Returns:
+            Shape ``(n, *event_shape)``, in the units of the data.
+        """
+        with self._drawing(_Sampling(solver, steps, float(guidance))):
+            return super().sample(n, context, seed=seed, compile=compile, progress=progress)
+
+    @contextmanager
+    def _drawing(self, sampling: _Sampling) -> Iterator[None]:
+        if sampling.guidance != 1 and not (self.context_dim and self.context_dropout):
+            raise ValueError(f"`guidance` {sampling.guidance} needs a model with context_dim and context_dropout above 0")
+        before, self._sampling = self._sampling, sampling
+        try:
+            yield
+        finally:
+            self._sampling = before
+
+    def _draw(self, rows: int, context: Tensor | None) -> Tensor:
+        """z_0 of ``rows`` data."""
+        z = torch.randn(rows, *self.event_shape, device=self.scale.device, dtype=self.scale.dtype)
+        return SOLVERS[self._sampling.solver](self._guided(context), z, self._levels(self._sampling))
+
+    def _guided(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """The estimate of x as solvers ask for it, with guidance."""
+        told, w = self._told(context), self._sampling.guidance
+
+        def estimate(z: Tensor, log_snr: Tensor) -> Tensor:
+            at = log_snr.expand(len(z))
+            x = self.denoise(z, at, told)
+            if w == 1:
+                return x
+            free = self.denoise(z, at, self._told(context, given=False))
+            return free + w * (x - free)
+
+        return estimate
+
+    def _levels(self, sampling: _Sampling) -> Tensor:
+        """Rising log-SNRs at which a solver stops: evenly spaced, or the times of the chain itself."""
+        low, high = self.schedule.ends
+        if sampling.solver != "ancestral":
+            return low + (high - low) * torch.linspace(0, 1, (sampling.steps or 20) + 1).to(low)
+        steps = sampling.steps or self.num_steps or 1000
+        return self.schedule(torch.linspace(1, 0, steps + 1).to(low))[0]
+
+    # -- what is not offered --------------------------------------------------------------------------------------------
+
+    def draw(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: the chain is seen at one time, and such draws have no weights."""
+        raise self._without_latents("draw")
+
+    posterior = encode = reconstruct = likelihood_regret = bdmc = draw
+
+    def _without_latents(self, question: str) -> NotAvailable:
+        return NotAvailable(
+            f"Diffusion has no latents but its chain of noise, so there is no {question}; ask for log_prob(x), or a VAE"
+        )
+
+
+def _classes(likelihood: str, num_classes: int | None) -> int:
+    """Levels of x; 0 where it is real."""
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    check_positive("num_classes", num_classes, allow_none=True)
+    if (likelihood == "categorical") != (num_classes is not None):
+        raise ValueError(f"`num_classes` goes with likelihood='categorical', and is needed there; got {num_classes}")
+    return 2 if likelihood == "bernoulli" else cast(int, num_classes or 0)

@@ -1,0 +1,192 @@
+"""Diffusion: the bound and the solvers against closed forms for Gaussian data."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, CONTEXT, seeded, state
+from torch import nn
+
+import pgen
+from pgen.distributions.noising import SCHEDULES, NoiseSchedule, alpha_sigma
+from pgen.models import Diffusion
+
+COVARIANCE = torch.tensor([[2.0, 0.8, 0.1], [0.8, 1.0, -0.3], [0.1, -0.3, 0.5]], dtype=torch.float64)
+MEAN = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
+LOW, HIGH = -9.0, 11.0
+
+
+class Best(nn.Module):
+    """The velocity that the best estimate of Gaussian data makes, at the levels between LOW and HIGH."""
+
+    def __init__(self, covariance):
+        super().__init__()
+        self.covariance = nn.Parameter(covariance)
+
+    def forward(self, z, level, context=None):
+        alpha, sigma = (part[:, None, None] for part in alpha_sigma(HIGH - (HIGH - LOW) * level))
+        noisy = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.covariance)).to(z)
+        x = alpha[..., 0] * (self.covariance @ torch.linalg.solve(noisy, z.unsqueeze(-1))).squeeze(-1)
+        return (alpha[..., 0] * z - x) / sigma[..., 0]
+
+
+def gaussian(covariance=COVARIANCE, mean=MEAN, **options):
+    """A diffusion model of Gaussian data that knows the best estimate."""
+    model = Diffusion((len(mean),), Best(covariance), log_snr=(LOW, HIGH), **options).double()
+    model.shift.copy_(mean)
+    return model
+
+
+def data(n=400):
+    lower = torch.linalg.cholesky(COVARIANCE)
+    return seeded(lambda: MEAN + torch.randn(n, 3, dtype=torch.float64) @ lower.T)
+
+
+def truth(x):
+    return torch.distributions.MultivariateNormal(MEAN, COVARIANCE).log_prob(x)
+
+
+def exact_bound(num_steps, x):
+    """The bound of a chain of T steps for Gaussian data, one number at a time in the eigenbasis, in closed form."""
+    values, vectors = torch.linalg.eigh(COVARIANCE)
+    y = (x - MEAN) @ vectors
+    levels = HIGH - (HIGH - LOW) * torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha, sigma = alpha_sigma(levels[1:, None, None])
+    gain = alpha * values / (alpha**2 * values + sigma**2)  # (T, 1, D): the estimate is gain times z
+    error = ((1 - gain * alpha) * y).square() + (gain * sigma).square()
+    weight = 0.5 * (levels[:-1].exp() - levels[1:].exp())
+    low, high = torch.sigmoid(levels[-1]), torch.sigmoid(levels[0])
+    prior = 0.5 * (low * y.square() - low - (1 - low).log()).sum(1)
+    spread = (1 - high) / high
+    end = -0.5 * (1 + math.log(2 * math.pi) + spread.log()) * 3
+    return end - prior - (weight[:, None, None] * error).sum((0, 2))
+
+
+@pytest.mark.parametrize("num_steps", [3, 50])
+def test_the_bound_of_a_chain_of_steps_is_that_of_the_closed_form(num_steps):
+    model, x = gaussian(num_steps=num_steps), data(7)
+    score = model.log_prob(x, num_samples=4000)
+    assert score.kind == "lower_bound" and score.num_samples == 4000
+    surprise = (score.value - exact_bound(num_steps, x)) / score.mc_error
+    assert float(surprise.abs().max()) < 4.5  # fails once in 20 000 by chance
+    assert num_steps == 3 or bool((score.mc_error < 0.4).all())
+
+
+def test_more_steps_tighten_the_bound_to_the_truth():
+    x = data(50)
+    means = [float(exact_bound(num_steps, x).mean()) for num_steps in (5, 20, 100)]
+    assert means == sorted(means)
+    score = gaussian().log_prob(x, num_samples=2000)
+    error = float(score.mc_error.square().mean().sqrt()) / math.sqrt(50)
+    assert means[-1] < score.mean + 4 * error
+    assert abs(score.mean - float(truth(x).mean())) < 4 * error + 0.002  # what the ends of the chain cost
+
+
+def test_fitting_reaches_the_density_of_gaussian_data():
+    x = data(4000)
+    model = Diffusion((3,), width=32, blocks=1)
+    run = model.fit(x.float(), steps=500, batch_size=200, compile="eager", progress=False)
+    assert run.steps == 500
+    score = model.log_prob(x[:500].float(), num_samples=64)
+    assert abs(score.mean - float(truth(x[:500]).mean())) < 0.15
+    drawn = model.sample(4000, seed=1).double()
+    torch.testing.assert_close(torch.cov(drawn.T), COVARIANCE, atol=0.25, rtol=0)
+    torch.testing.assert_close(drawn.mean(0), MEAN, atol=0.12, rtol=0)
+
+
+# --- schedules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_run_between_their_ends(kind):
+    schedule = NoiseSchedule(kind, (-7.0, 9.0)).double()
+    t = torch.linspace(0, 1, 101, dtype=torch.float64, requires_grad=True)
+    log_snr, rate = schedule(t)
+    (slope,) = torch.autograd.grad(log_snr.sum(), t, retain_graph=True)
+    log_snr, rate = log_snr.detach(), rate.detach()
+    assert float(log_snr[0]) == pytest.approx(9.0, abs=1e-6) and float(log_snr[-1]) == pytest.approx(-7.0, abs=1e-6)
+    assert bool((log_snr.diff() < 0).all())
+    torch.testing.assert_close(-slope, rate)
+
+
+def test_a_learned_schedule_evens_out_the_loss():
+    x = data(500)
+
+    def spread(model):
+        return float(model.log_prob(x[:100], num_samples=200).mc_error.mean())
+
+    plain = Diffusion((3,), Best(COVARIANCE), log_snr=(LOW, HIGH), prediction="velocity", schedule="learned").double()
+    plain.shift.copy_(MEAN)
+    plain.network.covariance.requires_grad_(False)
+    plain.schedule.ends.requires_grad_(False)
+    plain.primed = True
+    with torch.no_grad():  # a schedule that spends most of its time where nothing happens
+        plain.schedule.height[:8] = 3.0
+    before, bound = spread(plain), plain.log_prob(x, num_samples=400).mean
+    plain.fit(x, steps=300, optimizer=0.02, precision="float64", compile="eager", progress=False)
+    assert spread(plain) < 0.8 * before
+    assert plain.log_prob(x, num_samples=400).mean == pytest.approx(bound, abs=0.1)  # the bound itself knows only the ends
+
+
+# --- the contract of a site whose density is estimated -------------------------------------------------------------------
+
+
+def test_bounds_that_take_exponentials_are_refused():
+    case = CASES["diffusion"]
+    model = case.model()
+    with pytest.raises(ValueError, match=r"site 'z' estimates its log-density, and IWAE takes the exponential of it: use ELBO"):
+        case.fit(model, objective=pgen.IWAE(3))
+    with pytest.raises(pgen.NotAvailable, match="nothing to anneal"):
+        case.log_prob(model, method="ais")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
+def test_tiers_agree():
+    case, states = CASES["diffusion_learned"], []
+    for tier in ("eager", "graph", "compiled"):
+        model = case.model()
+        run = case.fit(model, steps=3, compile=tier, unroll=1, batch_size=len(case.x))
+        assert run.tier == tier, run.tier_reason
+        states.append(state(model))
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_goes_on_bit_by_bit(tmp_path):
+    case = CASES["diffusion_learned"]
+    whole, parts = case.model(), case.model()
+    case.fit(whole, steps=8, schedule="constant")
+    case.fit(parts, steps=4, schedule="constant", checkpoint=tmp_path)
+    parts = case.model()
+    case.fit(parts, steps=8, schedule="constant", checkpoint=tmp_path)
+    assert torch.equal(state(whole), state(parts))
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction": "classes"}, "goes with likelihood='categorical' or 'bernoulli', got 'gaussian'"),
+        ({"likelihood": "categorical"}, "`num_classes` goes with likelihood='categorical', and is needed there; got None"),
+        ({"schedule": "cosin"}, "`schedule`"),
+        ({"context_dropout": 1.0}, r"`context_dropout` is a share in \[0, 1\), got 1.0"),
+        ({"network": "unet"}, r"`event_shape` of a U-Net should be \(H, W\) or \(C, H, W\), got \(3,\)"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Diffusion((3,), **options)
+
+
+def test_questions_are_checked():
+    model = Diffusion((3,), width=8, blocks=1)
+    with pytest.raises(ValueError, match="`solver`"):
+        model.sample(2, solver="euler")
+    with pytest.raises(ValueError, match=r"`guidance` 2.0 needs a model with context_dim and context_dropout above 0"):
+        model.sample(2, guidance=2)
+    with pytest.raises(ValueError, match="`context`"):
+        Diffusion((3,), width=8, blocks=1, context_dim=CONTEXT).sample(2)
+    with pytest.raises(ValueError, match="a network of your own cannot be saved whole"):
+        gaussian().settings()
