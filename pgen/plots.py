@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pgen.evaluation.calibration import Calibration
     from pgen.evaluation.compare import Comparison
     from pgen.evaluation.ood import OODReport
+    from pgen.evaluation.samples import SampleReport
 
 __all__ = [
     "comparison",
@@ -32,6 +33,7 @@ __all__ = [
     "plot_khat",
     "reconstructions",
     "sample_grid",
+    "samples_and_neighbours",
     "save",
 ]
 
@@ -346,6 +348,47 @@ def out_of_distribution(found: OODReport, bins: int = 40) -> Figure:
         ax.axvline(np.quantile(_plain(found.null[method]), 1 - found.level), color=INK, linewidth=0.9, linestyle="--")
         _label(ax, f"{method} [nats]", "share of the data", f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}")
     _legend(axes[0])
+    return figure
+
+
+def samples_and_neighbours(found: SampleReport, names: Sequence[str] | None = None) -> Figure:
+    r"""Samples, and below each its nearest datum: copies look alike, and samples beside the data do not.
+
+    Of vectors the first two numbers are drawn, with a line from each sample to its nearest datum.
+
+    Args:
+        found: What ``pgen.evaluation.samples.evaluate`` returned.
+        names: Of the features of vectors.
+    """
+    shown, near = _array("shown", found.shown), _array("neighbours", found.neighbours)
+    of = found.neighbours_of
+    if shown.ndim <= 2:
+        return _lines_to_neighbours(shown.reshape(len(shown), -1), near.reshape(len(near), -1), of, names)
+    figure, (ax,) = _figure(0.62 * len(shown) + 1.2, 2.0)
+    both = np.concatenate([_images("shown", shown), _images("neighbours", near)])
+    _show(ax, _mosaic(both, len(shown), *_range(near)))
+    bottom = ax.get_ylim()[0]
+    ax.set_yticks([bottom / 4, 3 * bottom / 4], ["samples", f"nearest {of}"], color=INK, fontsize=9)
+    ax.tick_params(length=0)
+    ax.set_title(f"{len(shown)} samples and their nearest {of}", color=INK, fontsize=11, loc="left")
+    return figure
+
+
+def _lines_to_neighbours(x: np.ndarray, near: np.ndarray, of: str, names: Sequence[str] | None) -> Figure:
+    names = _names(names, x.shape[1])
+    if x.shape[1] == 1:
+        x, near, names = (
+            np.column_stack([x, np.arange(len(x))]),
+            np.column_stack([near, np.arange(len(x))]),
+            [*names, "sample"],
+        )
+    figure, (ax,) = _figure(5.2, 4.6)
+    ax.plot(*np.stack([x[:, :2], near[:, :2]], 1).transpose(2, 1, 0), color=FAINT, linewidth=0.9, zorder=1)
+    ax.scatter(*near[:, :2].T, s=26, color=INK, marker="s", linewidths=0, label=f"nearest {of}", zorder=2)
+    ax.scatter(*x[:, :2].T, s=26, color=BLUE, linewidths=0, label="samples", zorder=3)
+    more = f", 2 of {x.shape[1]} features" if x.shape[1] > 2 else ""
+    _label(ax, names[0], names[1], f"{len(x)} samples and their nearest {of}{more}")
+    _legend(ax, loc="best")
     return figure
 
 

@@ -1,6 +1,6 @@
 """Evaluation: likelihoods and their bounds, posterior and predictive draws, in bounded memory, with keyed noise."""
 
-from . import calibration, divergences, ood
+from . import calibration, divergences, ood, samples
 from .annealing import AIS, Sandwich, anneal
 from .calibration import Calibration
 from .compare import Comparison, Difference
@@ -17,4 +17,5 @@ __all__ = [
     "divergences",
     "importance_bound",
     "ood",
+    "samples",
 ]
