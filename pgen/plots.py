@@ -384,8 +384,8 @@ def _lines_to_neighbours(x: np.ndarray, near: np.ndarray, of: str, names: Sequen
         )
     figure, (ax,) = _figure(5.2, 4.6)
     ax.plot(*np.stack([x[:, :2], near[:, :2]], 1).transpose(2, 1, 0), color=FAINT, linewidth=0.9, zorder=1)
-    ax.scatter(*near[:, :2].T, s=26, color=INK, marker="s", linewidths=0, label=f"nearest {of}", zorder=2)
-    ax.scatter(*x[:, :2].T, s=26, color=BLUE, linewidths=0, label="samples", zorder=3)
+    ax.scatter(near[:, 0], near[:, 1], s=26, color=INK, marker="s", linewidths=0, label=f"nearest {of}", zorder=2)
+    ax.scatter(x[:, 0], x[:, 1], s=26, color=BLUE, linewidths=0, label="samples", zorder=3)
     more = f", 2 of {x.shape[1]} features" if x.shape[1] > 2 else ""
     _label(ax, names[0], names[1], f"{len(x)} samples and their nearest {of}{more}")
     _legend(ax, loc="best")
