@@ -81,7 +81,7 @@ def grey(seeds):
             (8, 8), 64, dropout=0.5, likelihood="categorical", num_classes=17, seed=s
         ),
         "PixelCNN, 5 x 64, dropout .5, 5 discretised logistics": lambda s: PixelCNN(
-            (8, 8), 64, dropout=0.5, likelihood="discretized_logistic_mixture", num_classes=17, components=5, seed=s
+            (8, 8), 64, dropout=0.5, likelihood="discretized_logistic_mixture", num_classes=17, num_components=5, seed=s
         ),
         "PixelRNN, 2 x 48, dropout .5, categorical": lambda s: PixelRNN(
             (8, 8), 48, dropout=0.5, likelihood="categorical", num_classes=17, seed=s

@@ -72,7 +72,7 @@ def toys(steps, done):
         x, test = target.sample(100_000, seed=1), target.sample(20_000, seed=2)
         truth = target.log_prob(test)
         row = {}
-        for side, options in (("pgen", {"components": 25}), ("pgen, normal base", {})):
+        for side, options in (("pgen", {"base_components": 25}), ("pgen, normal base", {})):
             if side != "pgen" and name != "grid25":
                 continue
             began = cpu_seconds()

@@ -257,7 +257,7 @@ def ar2(budget):
     models = {
         "WaveNet, categorical": WaveNet((T,), num_classes=256, channels=32, dilations=(1, 2, 4)),
         "WaveNet, mixture of 5 discretised logistics": WaveNet(
-            (T,), "discretized_logistic_mixture", 256, components=5, channels=32, dilations=(1, 2, 4)
+            (T,), "discretized_logistic_mixture", 256, num_components=5, channels=32, dilations=(1, 2, 4)
         ),
     }
     for name, model in models.items():

@@ -50,19 +50,19 @@ IMAGES = {
     ),
     "VAE, one discretised logistic, latent 20": (
         lambda: models.VAE(
-            (28, 28), 20, (200,), likelihood="discretized_logistic_mixture", num_classes=256, components=1, seed=SEED
+            (28, 28), 20, (200,), likelihood="discretized_logistic_mixture", num_classes=256, num_components=1, seed=SEED
         ),
         {"epochs": 10},
     ),
     "MADE, 3 discretised logistics, 300 units": (
         lambda: models.MADE(
-            (28, 28), (300,), likelihood="discretized_logistic_mixture", num_classes=256, components=3, seed=SEED
+            (28, 28), (300,), likelihood="discretized_logistic_mixture", num_classes=256, num_components=3, seed=SEED
         ),
         {"epochs": 6},
     ),
     "PixelCNN, 16 channels, 3 layers, 5 discretised logistics": (
         lambda: models.PixelCNN(
-            (28, 28), 16, 3, head=32, likelihood="discretized_logistic_mixture", num_classes=256, components=5, seed=SEED
+            (28, 28), 16, 3, head=32, likelihood="discretized_logistic_mixture", num_classes=256, num_components=5, seed=SEED
         ),
         {"epochs": 3},
     ),
@@ -130,7 +130,7 @@ CLASSIFIERS = {
     "Gaussian, full covariance": lambda k: models.Gaussian((8, 8), preprocess=grey_dequantised(17)),
     "probabilistic PCA, 12 directions": lambda k: models.ProbabilisticPCA((8, 8), 12, preprocess=grey_dequantised(17)),
     "MADE, discretised logistics, 64 units": lambda k: models.MADE(
-        (8, 8), (64,), likelihood="discretized_logistic_mixture", num_classes=17, components=2, seed=SEED
+        (8, 8), (64,), likelihood="discretized_logistic_mixture", num_classes=17, num_components=2, seed=SEED
     ),
 }
 

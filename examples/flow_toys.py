@@ -3,7 +3,7 @@ r"""Flows on targets in the plane that know their entropy: what a fit leaves, dr
 .. math:: \mathbb{E}_p[\log q(x)] = -H(p) - \mathrm{KL}(p \,\|\, q)
 
 so the gap between the mean log-density of fresh draws and minus the entropy is the divergence that is left. Islands far from
-each other need a base that has islands, too: ``components=25``. Run ``python examples/flow_toys.py``.
+each other need a base that has islands, too: ``base_components=25``. Run ``python examples/flow_toys.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(folder: str | Path = ".", steps: int = 3000, hidden: int = 128, progres
     panels, gaps = [], {}
     for name, make in TARGETS.items():
         target = make()
-        flow = pgen.models.Flow((2,), hidden=(hidden, hidden), components=25)
+        flow = pgen.models.Flow((2,), hidden=(hidden, hidden), base_components=25)
         flow.fit(target.sample(50_000, seed=1), steps=steps, optimizer=5e-4, schedule="warmup_cosine", progress=progress)
         x = target.sample(5000, seed=2)
         gaps[name] = float(target.log_prob(x).mean()) - flow.log_prob(x, progress=progress).mean

@@ -641,16 +641,20 @@ class GenerativeModel(_Questions, PyroModule):
     def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the constructor that the data decide; a family whose constructor needs more refines this.
 
-        By the arguments' names: ``likelihood`` (zeros and ones are Bernoulli, whole numbers up to 255 categorical, all else
-        Gaussian), ``num_classes`` (the highest number and one), ``preprocess`` (real tables are standardised; where the family
-        has densities alone, whole numbers are dequantised first, which gives a bound of their mass).
+        Nothing where ``columns`` says what the numbers are. Else by the arguments' names: ``likelihood`` (zeros and ones are
+        Bernoulli, whole numbers up to 255 categorical, all else Gaussian), ``num_classes`` (the highest number and one),
+        ``preprocess`` (real tables are standardised; where the family has densities alone, whole numbers are dequantised
+        first, which gives a bound of their mass).
 
         Args:
             x: Data, ``(N, *event_shape)``.
             given: Arguments that are decided already; ``likelihood`` counts where the constructor has none, too: ``"gaussian"``
                 says that whole numbers are real ones.
         """
-        accepted, found = inspect.signature(cls).parameters, {}
+        found: dict[str, Any] = {}
+        accepted = inspect.signature(cls).parameters
+        if given.get("columns") is not None:
+            return found
         whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
         top = max(int(x.max()), 1) + 1 if whole else 0
         discrete = "likelihood" in accepted or "num_classes" in accepted

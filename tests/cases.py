@@ -189,8 +189,8 @@ CASES: dict[str, Case] = {
     "vae_categorical_context": Case(vae("categorical", num_classes=CLASSES, context_dim=CONTEXT), _CLASSES, _CONTEXT),
     "vae_gaussian": Case(vae("gaussian"), _REALS),
     "vae_gaussian_context": Case(vae("gaussian", context_dim=CONTEXT), _REALS, _CONTEXT),
-    "vae_gaussian_mixture": Case(vae("gaussian_mixture", components=2), _REALS),
-    "vae_discretized": Case(vae("discretized_logistic_mixture", num_classes=CLASSES, components=2), _CLASSES),
+    "vae_gaussian_mixture": Case(vae("gaussian_mixture", num_components=2), _REALS),
+    "vae_discretized": Case(vae("discretized_logistic_mixture", num_classes=CLASSES, num_components=2), _CLASSES),
     "vae_flow_prior": Case(vae("gaussian", prior="flow"), _REALS),
     "vae_standardized": Case(lambda seed: vae("gaussian", preprocess=Standardize())(seed), _REALS),
     "vae_dequantized": Case(
@@ -219,9 +219,7 @@ CASES: dict[str, Case] = {
     "kde_adaptive": exact(lambda seed: models.KernelDensity(EVENT, bandwidth=2.0, adaptive="abramson"), _REALS),
     "kde_compact": exact(lambda seed: models.KernelDensity(EVENT, "epanechnikov", bandwidth=14.0), _REALS),
     "kde_context": exact(lambda seed: models.KernelDensity(EVENT, context_dim=CONTEXT), _REALS, _CONTEXT),
-    "kde_discrete": exact(
-        lambda seed: models.KernelDensity(EVENT, features=[("categorical", 2), ("ordered", 2)] * 3), _BITS, values=2
-    ),
+    "kde_discrete": exact(lambda seed: models.KernelDensity(EVENT, columns=["binary", ("ordinal", 2)] * 3), _BITS, values=2),
     "flow_affine_autoregressive": exact(flow("affine_autoregressive"), _REALS),
     "flow_spline_autoregressive": exact(flow("spline_autoregressive"), _REALS),
     "flow_neural_autoregressive": exact(flow("neural_autoregressive"), _REALS),
@@ -238,7 +236,7 @@ CASES: dict[str, Case] = {
         latents=False,
         lacks=_NO_LATENTS,
     ),
-    "flow_mixture_base": exact(flow("neural_coupling", components=3, permutation="random"), _REALS),
+    "flow_mixture_base": exact(flow("neural_coupling", base_components=3, permutation="random"), _REALS),
     "flow_dequantized": exact(
         flow("spline_autoregressive", dropout=0.1, preprocess=Dequantize(CLASSES)), _CLASSES.float(), kind="lower_bound"
     ),
@@ -259,11 +257,11 @@ CASES: dict[str, Case] = {
         lambda seed: models.MADE(EVENT, (15,), likelihood="categorical", num_classes=3, seed=seed), _CLASSES % 3, values=3
     ),
     "made_real": exact(
-        lambda seed: models.MADE(EVENT, (15,), likelihood="gaussian_mixture", components=2, num_orders=2, seed=seed), _REALS
+        lambda seed: models.MADE(EVENT, (15,), likelihood="gaussian_mixture", num_components=2, num_orders=2, seed=seed), _REALS
     ),
     "made_levels": exact(
         lambda seed: models.MADE(
-            EVENT, (15,), likelihood="discretized_logistic_mixture", num_classes=3, components=2, seed=seed
+            EVENT, (15,), likelihood="discretized_logistic_mixture", num_classes=3, num_components=2, seed=seed
         ),
         _CLASSES % 3,
         values=3,
@@ -279,7 +277,7 @@ CASES: dict[str, Case] = {
     ),
     "pixel_cnn_levels": exact(
         lambda seed: models.PixelCNN(
-            EVENT, 6, 1, head=5, likelihood="discretized_logistic_mixture", num_classes=3, components=2, seed=seed
+            EVENT, 6, 1, head=5, likelihood="discretized_logistic_mixture", num_classes=3, num_components=2, seed=seed
         ),
         _CLASSES % 3,
         values=3,
@@ -297,7 +295,7 @@ CASES: dict[str, Case] = {
         values=3,
     ),
     "made_mixed": exact(
-        lambda seed: models.MADE(EVENT, (15,), features=["bernoulli", ("categorical", 2)] * 3, num_orders=2, seed=seed),
+        lambda seed: models.MADE(EVENT, (15,), columns=["binary", ("categorical", 2)] * 3, num_orders=2, seed=seed),
         _BITS,
         values=2,
     ),
@@ -349,9 +347,7 @@ CASES: dict[str, Case] = {
         lambda seed: models.HiddenMarkov(EVENT, 2, "gaussian", covariance="full", seed=seed), _REALS
     ),
     "mixture_mixed": exact(
-        lambda seed: models.Mixture(
-            EVENT, 2, ["bernoulli", "categorical"] * 3, num_classes=[None, 2, None, 2, None, 2], seed=seed
-        ),
+        lambda seed: models.Mixture(EVENT, 2, columns=["binary", ("categorical", 2)] * 3, seed=seed),
         _BITS,
         values=2,
     ),

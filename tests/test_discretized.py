@@ -62,13 +62,13 @@ def test_samples_follow_the_masses():
 
 def test_start_puts_centres_at_quantiles():
     x = torch.arange(LEVELS).double().repeat(3, 1).T  # (17, 3): every level once
-    outputs = DiscretizedLogistic((3,), LEVELS, components=2).start(x).reshape(3, 6)
+    outputs = DiscretizedLogistic((3,), LEVELS, num_components=2).start(x).reshape(3, 6)
     torch.testing.assert_close(outputs[0, 2:4], torch.tensor([-0.5, 0.5], dtype=torch.float64))
 
 
 def test_start_looks_at_some_of_many_data():
     x = torch.arange(2.0).repeat(1_000_000).expand(9, -1).reshape(-1, 1)  # more than torch takes quantiles of
-    outputs = DiscretizedLogistic((1,), 2, components=2).start(x)
+    outputs = DiscretizedLogistic((1,), 2, num_components=2).start(x)
     torch.testing.assert_close(outputs[2:4], torch.tensor([-1.0, 1.0], dtype=torch.float64))
 
 
@@ -78,7 +78,7 @@ def test_values_off_the_grid_are_refused():
     x[4, 1] = 2.5
     with pytest.raises(ValueError, match=r"data row 4 holds 2\.5, outside the support .*lower_bound=0, upper_bound=16"):
         vae.fit(x, progress=False)
-    with pytest.raises(ValueError, match="`components` goes with"):
-        pgen.models.VAE((3,), likelihood="bernoulli", components=3)
+    with pytest.raises(ValueError, match="`num_components` goes with"):
+        pgen.models.VAE((3,), likelihood="bernoulli", num_components=3)
     with pytest.raises(ValueError, match="`num_classes` is missing"):
         pgen.models.VAE((3,), likelihood="discretized_logistic_mixture")

@@ -151,7 +151,7 @@ def test_an_empty_chain_leaves_the_base():
 
 def test_a_mixture_base_starts_at_the_islands_of_the_data():
     target = gaussian_grid()
-    flow = Flow((2,), hidden=(8,), transforms=1, components=25)
+    flow = Flow((2,), hidden=(8,), transforms=1, base_components=25)
     flow.fit(target.sample(4000), steps=1, optimizer=1e-9, progress=False)
     x = target.sample(2000, seed=1)
     assert float(target.log_prob(x).mean()) - flow.log_prob(x).mean < 0.2
@@ -220,7 +220,7 @@ def test_data_without_a_density_are_refused(x, message):
         ({"transform": "spline_autoregresive"}, "`transform` .*did you mean 'spline_autoregressive'"),
         ({"permutation": "swap"}, "`permutation`"),
         ({"bins": 0}, "`bins`"),
-        ({"components": 0}, "`components`"),
+        ({"base_components": 0}, "`base_components`"),
         ({"tail_bound": -1.0}, "`tail_bound`"),
         ({"dropout": 1.0}, "`dropout`"),
     ],

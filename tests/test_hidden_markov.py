@@ -178,7 +178,7 @@ def test_the_next_frame_has_a_density_and_draws(likelihood, frame):
 
 
 def test_the_next_frame_of_several_kinds_is_a_ratio_of_densities():
-    model = HiddenMarkov((4, 3), 2, ["gaussian", "bernoulli", "categorical"], num_classes=[None, None, 3], seed=3)
+    model = HiddenMarkov((4, 3), 2, columns=["continuous", "binary", ("categorical", 3)], seed=3)
     parts = torch.arange(20).reshape(5, 4)
     x = torch.stack([parts / 10 - 1, parts % 2, parts % 3], -1)
     fn = model.next(x[:, :2])

@@ -114,7 +114,7 @@ def test_draws_have_the_kernels_distribution(kernel):
         torch.testing.assert_close(u.var(0), torch.full((3,), kernel.variance(3)).double(), rtol=0.06, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["categorical", "ordered"])
+@pytest.mark.parametrize("kind", ["categorical", "ordinal"])
 def test_discrete_kernels_sum_to_one_and_are_drawn(kind):
     table = log_table((kind, 4), torch.tensor(0.3).double()).exp()
     torch.testing.assert_close(table.sum(0), torch.ones(4).double())
@@ -311,7 +311,7 @@ def test_all_tiers_fit_the_same_bandwidth():
 
 # --- mixed features, conditions ------------------------------------------------------------------------------------------
 
-MIXED = ["continuous", ("categorical", 3), ("ordered", 4), "continuous"]
+MIXED = ["continuous", ("categorical", 3), ("ordinal", 4), "continuous"]
 
 
 def mixed(n=60, seed=0):
@@ -325,7 +325,7 @@ def mixed(n=60, seed=0):
 @pytest.mark.parametrize("kernel", [Gaussian(), Student(3.0), Product(Exponential()), Epanechnikov()], ids=lambda k: k.name)
 def test_conditional_density_is_a_ratio_of_densities(kernel):
     """The denominator by summing the joint density over every value of what is not given."""
-    kde = KernelDensity((4,), kernel, "silverman", features=MIXED)
+    kde = KernelDensity((4,), kernel, "silverman", columns=MIXED)
     kde.fit(mixed(), precision="float64")
     x = mixed(seed=1)[:5]
     score = kde.conditional_log_prob(x, given=[3, 1])
@@ -380,10 +380,10 @@ def test_leaving_out_conditions_on_the_remaining_points():
 
 
 def test_mixed_features_are_a_mass_times_a_density():
-    kde = KernelDensity((4,), features=MIXED)
+    kde = KernelDensity((4,), columns=MIXED)
     kde.fit(mixed(), **QUIET)
     assert kde.log_prob(mixed()).measure == "density"
-    discrete = KernelDensity((1,), features=[("ordered", 4)])
+    discrete = KernelDensity((1,), columns=[("ordinal", 4)])
     discrete.fit(mixed()[:, 2:3], **QUIET)
     assert discrete.log_prob(mixed()[:, 2:3]).measure == "mass"
     x = kde.sample(200)
@@ -395,7 +395,7 @@ def test_mixed_features_are_a_mass_times_a_density():
 
 def test_every_setting_survives_a_file(tmp_path):
     given = {"kernel": Product(Student(3.5)), "bandwidth": [0.5, 0.6], "adaptive": "nearest", "neighbors": 4, "floor": 0.1}
-    kde = KernelDensity((4,), features=MIXED, **given)
+    kde = KernelDensity((4,), columns=MIXED, **given)
     kde.fit({"x": mixed(), "weights": torch.arange(60) + 1.0})
     kde.save(tmp_path / "kde.pgen")
     again = pgen.load(tmp_path / "kde.pgen")
@@ -405,7 +405,7 @@ def test_every_setting_survives_a_file(tmp_path):
 
 
 def test_features_of_x_and_context_survive_a_file(tmp_path):
-    kde = KernelDensity((1,), features=["continuous", ("categorical", 3)], context_dim=1, bandwidth=0.5)
+    kde = KernelDensity((1,), columns=["continuous", ("categorical", 3)], context_dim=1, bandwidth=0.5)
     x, kind = torch.linspace(-1, 1, 30)[:, None], torch.arange(30.0)[:, None] % 3
     kde.fit(x, context=kind, progress=False)
     kde.save(tmp_path / "kde.pgen")
@@ -436,7 +436,7 @@ BAD = {
     "empty": (lambda: KernelDensity((2,)).fit(torch.zeros(0, 2)), r"`data` has no rows"),
     "one": (lambda: KernelDensity((2,)).fit(torch.zeros(1, 2)), r"has 1 datum"),
     "unseen": (
-        lambda: KernelDensity((4,), features=MIXED).fit(mixed() + torch.tensor([0.0, 1.0, 0.0, 0.0])),
+        lambda: KernelDensity((4,), columns=MIXED).fit(mixed() + torch.tensor([0.0, 1.0, 0.0, 0.0])),
         r"row \d+ holds 3 in column 1, declared as categorical with values 0 to 2; declare more",
     ),
     "compact_asked": (
@@ -448,7 +448,7 @@ BAD = {
     "matrix": (lambda: KernelDensity((2,), bandwidth=[[1, 2], [2, 1]]), r"not positive definite"),
     "shape": (lambda: KernelDensity((2,), bandwidth=[1.0, 2.0, 3.0]), r"a number, 2 of them or a 2 x 2 matrix"),
     "name": (lambda: KernelDensity((2,), "gausian"), r"did you mean 'gaussian'"),
-    "features": (lambda: KernelDensity((2,), features=["continuous"]), r"`features` has 1 entries for 2"),
+    "features": (lambda: KernelDensity((2,), columns=["continuous"]), r"a kind for each of the 2 numbers"),
     "before": (lambda: KernelDensity((2,)).log_prob(normal(3, 2)), r"no points yet; call fit"),
     "given": (lambda: fitted().conditional_log_prob(normal(3, 2), [0, 1]), r"`given` should be some, not all"),
     "codes": (
@@ -468,7 +468,7 @@ def fitted(kernel="gaussian"):
 
 
 def mixed_fit():
-    kde = KernelDensity((4,), features=MIXED, bandwidth=1.0)
+    kde = KernelDensity((4,), columns=MIXED, bandwidth=1.0)
     kde.fit(mixed())
     return kde
 
@@ -519,3 +519,22 @@ def test_a_point_that_is_left_out_is_one_of_those_kept(row):
     kde.log_prob({"x": x[:2], "row": torch.tensor([-1, 29])})
     with pytest.raises(ValueError, match=rf"`row` has {row}; points are 0 to 29, and -1 leaves none out"):
         kde.log_prob({"x": x[:1], "row": torch.tensor([row])})
+
+
+def test_one_vocabulary_of_columns():
+    """The same kinds make a kernel density, a mixture, MADE and a hidden Markov model; binary columns are categories of two."""
+    kinds = ["continuous", "binary", ("categorical", 3), ("ordinal", 4)]
+    x = torch.tensor([[0.3, 1.0, 2.0, 3.0], [1.5, 0.0, 0.0, 1.0], [0.9, 1.0, 1.0, 0.0], [-0.2, 0.0, 2.0, 2.0]]).repeat(3, 1)
+    made = [
+        KernelDensity((4,), columns=kinds, bandwidth=1.0),
+        pgen.models.Mixture((4,), 2, columns=kinds),
+        pgen.models.MADE((4,), (5,), columns=kinds),
+    ]
+    for model in made:
+        model.fit(x, **({} if model is made[0] else {"steps": 1, "progress": False}))
+        assert model.settings()["columns"] == ["continuous", "binary", ["categorical", 3], ["ordinal", 4]]
+        assert torch.isfinite(model.log_prob(x).value).all()
+        with pytest.raises(ValueError, match=r"holds 3|\[2\]|outside the support"):
+            model.log_prob(torch.tensor([[0.3, 1.0, 3.0, 3.0]]))
+    chain = pgen.models.HiddenMarkov((1, 4), 2, columns=kinds)
+    assert chain.settings()["columns"] == made[0].settings()["columns"]

@@ -86,7 +86,7 @@ def test_a_conditional_of_an_order_is_that_of_its_columns(order):
     rows[:, columns[4:]] = rest.repeat(2, 1)
     pair = made.log_prob(rows.reshape(-1, 2, 3)).value.reshape(2, 4).logsumexp(1)
     with torch.no_grad():
-        inputs = made.columns.encode(x[:1].double(), made.columns.which(x.device))
+        inputs = made.table.encode(x[:1].double(), made.table.which(x.device))
         logit = made.network(inputs, made.orders[0].argsort())[0, columns[3], 0]
     expected = torch.where(x[0, columns[3]] == 1, logit, -logit)
     torch.testing.assert_close(pair[0] - pair[1], expected)
@@ -104,8 +104,8 @@ def test_cached_samples_are_those_of_whole_passes():
         torch.rand(9, device="cpu")  # the choice of an order
         x = torch.zeros(9, size, dtype=torch.float64)
         for t in range(size):
-            outputs = made.network(made.columns.encode(x, made.columns.which(x.device)), order.argsort())
-            x[:, order[t]] = steps.columns.parts[0].draw(outputs[:, order[t]], torch.tensor(t))
+            outputs = made.network(made.table.encode(x, made.table.which(x.device)), order.argsort())
+            x[:, order[t]] = steps.table.parts[0].draw(outputs[:, order[t]], torch.tensor(t))
     assert torch.equal(drawn.flatten(1), x)
     assert 0 < float(x.mean()) < 1
 
@@ -133,7 +133,7 @@ def test_missing_columns_are_drawn_from_the_conditional_of_an_order():
 
 def test_conditionals_of_real_columns_are_in_their_units():
     x = 50 + 10 * torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
-    made = fitted(x, likelihood="gaussian_mixture", components=2)
+    made = fitted(x, likelihood="gaussian_mixture", num_components=2)
     x = x.double()
     total = made.next(x[:, :0]).log_prob(x[:, 0]) + made.next(x[:, :1]).log_prob(x[:, 1])
     torch.testing.assert_close(total, made.log_prob(x).value)
@@ -158,7 +158,7 @@ def test_training_on_several_orders_is_the_same_in_every_tier():
 
 
 def test_columns_of_several_kinds_are_drawn_in_the_models_precision():
-    made = MADE((2,), (8,), features=["gaussian", ("categorical", 3)]).double()
+    made = MADE((2,), (8,), likelihood="gaussian", columns=["continuous", ("categorical", 3)]).double()
     drawn = made.sample(20, seed=0)
     assert drawn.dtype == torch.float64 and bool((drawn[:, 0] != drawn[:, 0].float()).any())
 
@@ -169,7 +169,7 @@ def test_columns_of_several_kinds():
     length = 100.0 + 20 * kind + 3 * torch.randn(400, generator=generator)
     heavy = (length > 120).float()
     x = torch.stack([kind.float(), length, heavy], 1)
-    made = MADE((3,), (64,), features=[("categorical", 3), "gaussian_mixture", "bernoulli"], components=3, num_orders=2)
+    made = MADE((3,), (64,), columns=[("categorical", 3), "continuous", "binary"], num_components=3, num_orders=2)
     made.fit(x, epochs=60, optimizer=0.01, progress=False)
     drawn = made.sample(2000, seed=1)
     assert set(drawn[:, 0].tolist()) == {0.0, 1.0, 2.0} and set(drawn[:, 2].tolist()) == {0.0, 1.0}
@@ -187,12 +187,12 @@ def test_columns_of_several_kinds():
 
 
 def test_bad_arguments_are_one_line():
-    with pytest.raises(ValueError, match="`features` has 1 kinds for 6 columns"):
-        MADE((2, 3), features=["bernoulli"])
-    with pytest.raises(ValueError, match=r"`features` has 'categorical' for column 1; say of how many classes"):
-        MADE((2,), features=["bernoulli", "categorical"])
-    with pytest.raises(ValueError, match="`features` has 'poisson' for column 0, which is unknown"):
-        MADE((1,), features=["poisson"])
+    with pytest.raises(ValueError, match=r"a kind for each of the 6 numbers of a datum, got \['binary'\]"):
+        MADE((2, 3), columns=["binary"])
+    with pytest.raises(ValueError, match=r"`columns\[1\]` should be \('categorical', K\) with K values"):
+        MADE((2,), columns=["binary", "categorical"])
+    with pytest.raises(ValueError, match=r"`columns\[0\]` is 'poisson', which is unknown"):
+        MADE((1,), columns=["poisson"])
     with pytest.raises(ValueError, match="`order` should hold each column 0 to 2 once"):
         MADE((3,), order=[0, 1, 1])
     with pytest.raises(ValueError, match="`hidden` should be equal sizes where residual=True"):
@@ -201,7 +201,7 @@ def test_bad_arguments_are_one_line():
         MADE((3,), ())
     with pytest.raises(ValueError, match="`dropout` should be a probability"):
         MADE((3,), dropout=1.0)
-    made = MADE((2,), features=["bernoulli", ("categorical", 3)])
+    made = MADE((2,), columns=["binary", ("categorical", 3)])
     x = torch.tensor([[0.0, 1.0], [1.0, 3.0]])
     with pytest.raises(ValueError, match=r"data row 1 holds 3, outside the support \[that of its column\]"):
         made.fit(x, progress=False)

@@ -92,7 +92,7 @@ def test_bits_are_summed_as_by_hand():
 
 
 def test_kinds_side_by_side_multiply():
-    model = Mixture((3,), 2, ["gaussian", "categorical", "bernoulli"], num_classes=[None, 4, None], seed=1).double()
+    model = Mixture((3,), 2, columns=["continuous", ("categorical", 4), "binary"], seed=1).double()
     x = torch.tensor([[0.3, 3.0, 1.0], [-1.0, 0.0, 0.0]], dtype=torch.float64)
     arrays = {name: value.detach() for name, value in model.arrays(None).items()}
     normal = torch.distributions.Normal(arrays["shift_0"][:, 0], (-arrays["log_precision_0"][:, 0]).exp())
@@ -193,7 +193,7 @@ def test_smoothing_counts_data_that_the_start_has_not_seen(monkeypatch):
     model = Mixture((1,), 1, smoothing=20.0)
     model.fit(x, steps=300, compile="graph", progress=False)
     assert float(model.log_prob(torch.ones(1, 1)).value.exp()) == pytest.approx((30 + 20) / (40 + 40), abs=1e-3)
-    mixed = Mixture((2,), 2, ["bernoulli", "categorical"], num_classes=[None, 2])
+    mixed = Mixture((2,), 2, columns=["binary", ("categorical", 2)])
     mixed.fit(x.expand(-1, 2), steps=1, progress=False)
     assert [float(part.num_data) for part in mixed.components.parts] == [40, 40]
 
@@ -265,10 +265,12 @@ def test_nested_settings_are_saved(tmp_path):
         (lambda: GaussianMixture((2,), 2, "diag"), "`covariance` is 'diag', which is unknown"),
         (lambda: GaussianMixture((2,), 2, rank=1), "`rank` goes with covariance='low_rank'"),
         (lambda: GaussianMixture((2,), 2, floor=-1.0), "`floor` is a share of the data's variances"),
-        (lambda: Mixture((2,), 2, "categorical"), "`num_classes` is missing for number 0"),
+        (lambda: Mixture((2,), 2, "categorical"), "`num_classes` is missing: a category needs"),
         (lambda: Mixture((2,), 2, num_classes=3), "`num_classes` goes with likelihood='categorical'"),
-        (lambda: Mixture((2,), 2, ["bernoulli"]), "names 1 kinds for 2 numbers"),
-        (lambda: Mixture((2,), 2, ["bernoulli", "normal"]), "'normal', which is unknown"),
+        (lambda: Mixture((2,), 2, ["bernoulli"]), "`columns` says what each is"),
+        (lambda: Mixture((2,), 2, columns=["binary"]), "a kind for each of the 2 numbers"),
+        (lambda: Mixture((2,), 2, columns=["binary", "normal"]), "'normal', which is unknown"),
+        (lambda: Mixture((2,), 2, "bernoulli", columns=["binary"] * 2), "`likelihood` is for numbers that are all alike"),
         (lambda: MixtureOf([]), "`components` is empty"),
         (lambda: MixtureOf([Gaussian((2,)), Gaussian((3,))]), r"about data of shape \(3,\), component 0 of shape \(2,\)"),
         (lambda: MixtureOf([VAE((2,), 1, (2,))]), r"component 0 \(VAE\) has latents that only a guide knows"),

@@ -1,4 +1,4 @@
-r"""Columns of several kinds in one table: real, binary, and of classes."""
+r"""Columns of several kinds in one table: continuous, binary, categorical and ordinal."""
 
 from __future__ import annotations
 
@@ -11,38 +11,72 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from .observation import LEVELS, OBSERVATIONS, Observation, observation
+from ..contracts import check_choice
+from .observation import Observation, observation
 
-__all__ = ["Columns", "Kind"]
+__all__ = ["CONTINUOUS", "KINDS", "Column", "Columns", "Kind", "as_columns", "plain_columns"]
 
-Kind = str | tuple[str, int]
-"""The name of an observation model, or a pair of name and number of classes: ``"bernoulli"``, ``("categorical", 5)``."""
+Kind = str | Sequence[Any]
+"""What a column holds, as it is given: ``"continuous"``, ``"binary"`` (0 and 1), or ``("categorical", K)`` and
+``("ordinal", K)``, whose values are 0, ..., K - 1, without and with an order."""
+Column = tuple[str, int]
+"""The same, with the number of values: ``("continuous", 0)``, ``("binary", 2)``, ``("categorical", K)``, ``("ordinal", K)``."""
+KINDS = ("continuous", "binary", "categorical", "ordinal")
+CONTINUOUS: Column = ("continuous", 0)
+
+
+def as_columns(columns: Sequence[Kind], size: int) -> list[Column]:
+    """The kinds of ``size`` columns, checked.
+
+    Example:
+        >>> as_columns(["continuous", "binary", ("categorical", 5)], 3)
+        [('continuous', 0), ('binary', 2), ('categorical', 5)]
+    """
+    if isinstance(columns, str) or len(columns) != size:
+        raise ValueError(f"`columns` should name a kind for each of the {size} numbers of a datum, got {columns!r:.60}")
+    return [_column(number, kind) for number, kind in enumerate(columns)]
+
+
+def plain_columns(columns: Sequence[Kind] | None) -> list[Any] | None:
+    """Kinds of columns as plain JSON values."""
+    return None if columns is None else [kind if isinstance(kind, str) else list(kind) for kind in columns]
+
+
+def _column(number: int, kind: Kind) -> Column:
+    name, values = (kind, None) if isinstance(kind, str) else (tuple(kind) + (None,))[:2]
+    check_choice(f"columns[{number}]", name, KINDS)
+    if name in ("continuous", "binary"):
+        if values not in (None, 0 if name == "continuous" else 2):
+            raise ValueError(f"`columns[{number}]` should be {name!r} alone, got {kind!r}")
+        return str(name), 0 if name == "continuous" else 2
+    if not isinstance(values, int) or values < 2:
+        raise ValueError(f"`columns[{number}]` should be ({name!r}, K) with K values, two or more, got {kind!r}")
+    return str(name), values
 
 
 class Columns:
     r"""Observation models of the columns of a table, from outputs ``(..., outputs)`` for each column.
 
     Args:
-        kinds: Of each column: ``"bernoulli"``, ``"gaussian"``, ``"gaussian_mixture"``, ``("categorical", classes)`` or
-            ``("discretized_logistic_mixture", levels)``.
-        components: Of the mixtures (default 10).
+        models: The observation model of each column and its number of classes: ``("gaussian", None)``, ``("categorical", 5)``.
+        num_components: Of the mixtures (default 10).
 
     Attributes:
         outputs: Most numbers that a column's distribution takes; columns that take fewer leave the last ones unused.
         width: Most numbers that a column gives a network; columns that give fewer are filled up with zeros.
 
     Example:
-        >>> columns = Columns(["bernoulli", ("categorical", 4)])
+        >>> columns = Columns([("bernoulli", None), ("categorical", 4)])
         >>> fn = columns.distribution(torch.zeros(2, 4), torch.tensor([0, 1]))
         >>> fn.log_prob(torch.tensor([1.0, 3.0])).exp()
         tensor([0.5000, 0.2500])
     """
 
-    def __init__(self, kinds: Sequence[Kind], components: int | None = None) -> None:
-        self.kinds = [_kind(i, kind) for i, kind in enumerate(kinds)]
-        distinct = list(dict.fromkeys(self.kinds))
-        self.parts = [_scalar(name, classes, components) for name, classes in distinct]
-        self.numbers = [distinct.index(kind) for kind in self.kinds]
+    def __init__(self, models: Sequence[tuple[str, int | None]], num_components: int | None = None) -> None:
+        self.models = list(models)
+        distinct = list(dict.fromkeys(self.models))
+        self.parts = [_scalar(name, classes, num_components) for name, classes in distinct]
+        self.numbers = [distinct.index(model) for model in self.models]
         self.outputs = max(part.outputs for part in self.parts)
         self.width = max(part.width for part in self.parts)
 
@@ -120,15 +154,5 @@ class _Each(constraints.Constraint):
         return "[that of its column]"
 
 
-def _kind(column: int, kind: Any) -> tuple[str, int | None]:
-    """A kind as name and number of classes, checked."""
-    name, classes = (kind, None) if isinstance(kind, str) else (tuple(kind) + (None,))[:2]
-    if name not in OBSERVATIONS:
-        raise ValueError(f"`features` has {name!r} for column {column}, which is unknown (known: {', '.join(OBSERVATIONS)})")
-    if name in LEVELS and classes is None:
-        raise ValueError(f"`features` has {name!r} for column {column}; say of how many classes: ({name!r}, 5)")
-    return name, classes
-
-
-def _scalar(name: str, classes: int | None, components: int | None) -> Observation:
-    return observation(name, (), classes, components if "mixture" in name else None)
+def _scalar(name: str, classes: int | None, num_components: int | None) -> Observation:
+    return observation(name, (), classes, num_components if "mixture" in name else None)

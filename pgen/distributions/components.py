@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from ..contracts import check_choice, check_positive
 from ..nn import MLP
+from .columns import Kind, as_columns
 
 __all__ = [
     "COVARIANCES",
@@ -531,9 +532,10 @@ KINDS = ("gaussian", "bernoulli", "categorical")
 def vector_components(
     count: int,
     size: int,
-    likelihood: str | Sequence[str],
+    likelihood: str | None,
     *,
-    num_classes: int | Sequence[int | None] | None = None,
+    num_classes: int | None = None,
+    columns: Sequence[Kind] | None = None,
     covariance: str = "diagonal",
     rank: int | None = None,
     floor: float = 1e-6,
@@ -544,44 +546,50 @@ def vector_components(
     Args:
         count: K.
         size: D.
-        likelihood: ``"gaussian"``, ``"bernoulli"``, ``"categorical"``, or one of these for each of the D numbers.
-        num_classes: Values of categories: one number for all, or one for each of the D numbers (None where not categorical).
+        likelihood: ``"gaussian"``, ``"bernoulli"`` or ``"categorical"``; None with ``columns``.
+        num_classes: Values of categories.
+        columns: What each of the D numbers holds: ``"continuous"`` (Gaussian), ``"binary"``, ``("categorical", K)``, or
+            ``("ordinal", K)``, whose order is not made use of.
         covariance: Of Gaussians.
         rank: Of ``covariance="low_rank"``.
         floor: Of Gaussians, see ``GaussianComponents``.
         smoothing: Of bits and categories, see ``BernoulliComponents``.
     """
-    kinds = [likelihood] * size if isinstance(likelihood, str) else list(likelihood)
-    if len(kinds) != size:
-        raise ValueError(f"`likelihood` names {len(kinds)} kinds for {size} numbers; give one for each, or one name for all")
-    classes = _classes(kinds, num_classes)
-    groups: dict[tuple[str, int | None], list[int]] = {}
-    for column, kind in enumerate(kinds):
-        check_choice("likelihood", kind, KINDS)
-        groups.setdefault((kind, classes[column]), []).append(column)
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number, model in enumerate(_models(size, likelihood, num_classes, columns)):
+        groups.setdefault(model, []).append(number)
 
-    def made(kind: str, values: int | None, columns: list[int]) -> Components:
+    def made(kind: str, values: int, numbers: list[int]) -> Components:
         if kind == "gaussian":
-            return GaussianComponents(count, len(columns), covariance, rank, floor)
+            return GaussianComponents(count, len(numbers), covariance, rank, floor)
         if kind == "bernoulli":
-            return BernoulliComponents(count, len(columns), smoothing)
-        return CategoricalComponents(count, len(columns), int(values or 0), smoothing)
+            return BernoulliComponents(count, len(numbers), smoothing)
+        return CategoricalComponents(count, len(numbers), values, smoothing)
 
-    parts = [made(kind, values, columns) for (kind, values), columns in groups.items()]
+    parts = [made(kind, values, numbers) for (kind, values), numbers in groups.items()]
     return parts[0] if len(parts) == 1 else Columns(parts, list(groups.values()))
 
 
-def _classes(kinds: Sequence[str], num_classes: int | Sequence[int | None] | None) -> list[int | None]:
-    """The number of values of each number, None where it is no category."""
-    given = [num_classes] * len(kinds) if num_classes is None or isinstance(num_classes, int) else list(num_classes)
-    if len(given) != len(kinds):
-        raise ValueError(f"`num_classes` has {len(given)} entries for {len(kinds)} numbers; give one for each, or one for all")
-    if num_classes is not None and "categorical" not in kinds:
-        raise ValueError("`num_classes` goes with likelihood='categorical'; leave it out")
-    for column, (kind, values) in enumerate(zip(kinds, given)):
-        if kind == "categorical" and values is None:
-            raise ValueError(f"`num_classes` is missing for number {column}: a category needs the number of its values")
-    return [values if kind == "categorical" else None for kind, values in zip(kinds, given)]
+def _models(
+    size: int, likelihood: str | None, num_classes: int | None, columns: Sequence[Kind] | None
+) -> list[tuple[str, int]]:
+    """The distribution of each number, and how many values it has."""
+    if columns is not None:
+        for name, value in (("likelihood", likelihood), ("num_classes", num_classes)):
+            if value is not None:
+                raise ValueError(f"`{name}` is for numbers that are all alike, and `columns` says what each is; leave it out")
+        models = {"continuous": "gaussian", "binary": "bernoulli"}
+        return [(models.get(kind, "categorical"), values) for kind, values in as_columns(columns, size)]
+    if not isinstance(likelihood, str):
+        raise ValueError(f"`likelihood` is one name for all numbers, got {likelihood!r:.60}; `columns` says what each is")
+    check_choice("likelihood", likelihood, KINDS)
+    if (likelihood == "categorical") != (num_classes is not None):
+        raise ValueError(
+            "`num_classes` is missing: a category needs the number of its values"
+            if num_classes is None
+            else "`num_classes` goes with likelihood='categorical'; leave it out"
+        )
+    return [(likelihood, num_classes or 0)] * size
 
 
 class Table(Protocol):

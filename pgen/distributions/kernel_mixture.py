@@ -22,13 +22,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..machine import prefers_onednn
+from .columns import CONTINUOUS, Column
 from .kernels import Gaussian, Kernel, Radial
 
-__all__ = ["CONTINUOUS", "Column", "KernelMixture", "log_table"]
+__all__ = ["KernelMixture", "log_table"]
 
-Column = tuple[str, int]
-"""What a column holds: ``("continuous", 0)``, ``("categorical", K)`` or ``("ordered", K)`` with values 0, ..., K - 1."""
-CONTINUOUS: Column = ("continuous", 0)
 
 QUERIES, POINTS = 512, 2048
 """A block on the CPU: its numbers stay in the cache."""
@@ -41,8 +39,9 @@ ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-10}
 def log_table(column: Column, smoothing: Tensor) -> Tensor:
     r"""log K(x | y) of a discrete column, ``(K, K)``: x in rows, each column y sums to one.
 
-    *categorical*: :math:`1 - \lambda` at x = y, else :math:`\lambda / (K - 1)` (Aitchison and Aitken 1976, Biometrika 63:413).
-    *ordered*: :math:`1 - \lambda` at x = y, else :math:`\tfrac12 (1 - \lambda) \lambda^{|x - y|}` (Wang and van Ryzin 1981,
+    *categorical* and *binary*: :math:`1 - \lambda` at x = y, else :math:`\lambda / (K - 1)` (Aitchison and Aitken 1976,
+    Biometrika 63:413).
+    *ordinal*: :math:`1 - \lambda` at x = y, else :math:`\tfrac12 (1 - \lambda) \lambda^{|x - y|}` (Wang and van Ryzin 1981,
     Biometrika 68:301), over the K values alone and normalised there for each y.
 
     Args:
@@ -56,9 +55,9 @@ def log_table(column: Column, smoothing: Tensor) -> Tensor:
     kind, values = column
     codes = torch.arange(values, device=smoothing.device)
     apart = (codes[:, None] - codes).abs()
-    off = smoothing.log() - math.log(max(values - 1, 1)) if kind == "categorical" else apart * smoothing.log() - math.log(2)
+    off = smoothing.log() - math.log(max(values - 1, 1)) if kind != "ordinal" else apart * smoothing.log() - math.log(2)
     table = torch.where(apart == 0, torch.zeros_like(off + apart), off + apart * 0)
-    if kind == "categorical":
+    if kind != "ordinal":
         return torch.where(apart == 0, torch.log1p(-smoothing), table)
     return table - torch.logsumexp(table, 0)
 

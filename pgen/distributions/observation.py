@@ -187,10 +187,10 @@ class GaussianMixture(Observation):
     floor = Gaussian.floor
     support = constraints.real
 
-    def __init__(self, event_shape: tuple[int, ...], components: int = 10) -> None:
+    def __init__(self, event_shape: tuple[int, ...], num_components: int = 10) -> None:
         super().__init__(event_shape)
-        check_positive("components", components)
-        self.components, self.outputs = components, 3 * components
+        check_positive("num_components", num_components)
+        self.num_components, self.outputs = num_components, 3 * num_components
 
     def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
         """The component by Gumbel noise, then its Gaussian."""
@@ -207,7 +207,7 @@ class GaussianMixture(Observation):
 
     def start(self, x: Tensor) -> Tensor:
         """Equal weights, means at evenly spaced quantiles of each coordinate."""
-        loc, sd = _spread(x, self.components, least=0.01)
+        loc, sd = _spread(x, self.num_components, least=0.01)
         return torch.cat([torch.zeros_like(loc), loc, torch.log(torch.expm1(sd))], -1).reshape(-1)
 
 
@@ -221,12 +221,12 @@ class DiscretizedLogistic(Observation):
     name = "discretized_logistic_mixture"
     least = -7.0
 
-    def __init__(self, event_shape: tuple[int, ...], num_classes: int, components: int = 10) -> None:
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int, num_components: int = 10) -> None:
         super().__init__(event_shape)
-        check_positive("components", components)
+        check_positive("num_components", num_components)
         if num_classes < 2:
             raise ValueError(f"`num_classes` should be at least 2 levels, got {num_classes}")
-        self.levels, self.components, self.outputs = num_classes, components, 3 * components
+        self.levels, self.num_components, self.outputs = num_classes, num_components, 3 * num_components
 
     @property
     def support(self) -> Constraint:
@@ -245,19 +245,19 @@ class DiscretizedLogistic(Observation):
 
     def start(self, x: Tensor) -> Tensor:
         """Equal weights, centres at evenly spaced quantiles of each coordinate."""
-        loc, sd = _spread(self.features(x), self.components, least=1 / (self.levels - 1))
+        loc, sd = _spread(self.features(x), self.num_components, least=1 / (self.levels - 1))
         return torch.cat([torch.zeros_like(loc), loc, (0.5 * sd).log()], -1).reshape(-1)
 
 
-def _spread(x: Tensor, components: int, least: float) -> tuple[Tensor, Tensor]:
-    """Evenly spaced quantiles of each coordinate, and its standard deviation, each ``(*event_shape, components)``."""
+def _spread(x: Tensor, num_components: int, least: float) -> tuple[Tensor, Tensor]:
+    """Evenly spaced quantiles of each coordinate, and its standard deviation, each ``(*event_shape, num_components)``."""
     if x.numel() > MOST_SORTED:  # multiples of the golden ratio, which are even and follow no pattern of the data
         turns = torch.arange(max(1, MOST_SORTED * len(x) // x.numel()), dtype=torch.float64, device=x.device)
         x = x[(turns * (math.sqrt(5) - 1) / 2 % 1 * len(x)).long()]
     x = x.double()
-    levels = (torch.arange(components).to(x) + 0.5) / components
+    levels = (torch.arange(num_components).to(x) + 0.5) / num_components
     sd = x.std(0, correction=0).clamp(min=least)
-    return x.quantile(levels, dim=0).movedim(0, -1), sd.unsqueeze(-1).expand(*sd.shape, components)
+    return x.quantile(levels, dim=0).movedim(0, -1), sd.unsqueeze(-1).expand(*sd.shape, num_components)
 
 
 OBSERVATIONS: dict[str, type[Observation]] = {
@@ -267,13 +267,13 @@ OBSERVATIONS: dict[str, type[Observation]] = {
 LEVELS = ("categorical", "discretized_logistic_mixture")
 """Those of finitely many levels, which ``num_classes`` counts."""
 MIXTURES = ("gaussian_mixture", "discretized_logistic_mixture")
-"""Those of several ``components``."""
+"""Those of several ``num_components``."""
 
 
 def observation(
-    likelihood: str, event_shape: tuple[int, ...], num_classes: int | None = None, components: int | None = None
+    likelihood: str, event_shape: tuple[int, ...], num_classes: int | None = None, num_components: int | None = None
 ) -> Observation:
-    """The named observation model; ``num_classes`` goes with levels, ``components`` (default 10) with mixtures."""
+    """The named observation model; ``num_classes`` goes with levels, ``num_components`` (default 10) with mixtures."""
     options: dict[str, int] = {}
     if (num_classes is None) == (likelihood in LEVELS):
         known = " or ".join(repr(name) for name in LEVELS)
@@ -282,9 +282,9 @@ def observation(
         raise ValueError(f"`num_classes` goes with likelihood={known}, not {likelihood!r}; leave it out")
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if components is not None:
+    if num_components is not None:
         if likelihood not in MIXTURES:
             known = " or ".join(repr(name) for name in MIXTURES)
-            raise ValueError(f"`components` goes with likelihood={known}, not {likelihood!r}; leave it out")
-        options["components"] = components
+            raise ValueError(f"`num_components` goes with likelihood={known}, not {likelihood!r}; leave it out")
+        options["num_components"] = num_components
     return OBSERVATIONS[likelihood](event_shape, **options)

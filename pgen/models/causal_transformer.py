@@ -38,7 +38,7 @@ class CausalTransformer(SequenceModel):
         likelihood: Of one symbol: ``"categorical"``, ``"bernoulli"``, ``"discretized_logistic_mixture"``, ``"gaussian"`` or
             ``"gaussian_mixture"`` (real numbers of order one: standardise them).
         num_classes: Values of a symbol, where they are finitely many.
-        components: Of a mixture.
+        num_components: Of a mixture.
         width: Of the residual stream.
         layers: Number of blocks.
         heads: Of the attention; a divisor of ``width``.
@@ -63,7 +63,7 @@ class CausalTransformer(SequenceModel):
         likelihood: str = "categorical",
         num_classes: int | None = None,
         *,
-        components: int | None = None,
+        num_components: int | None = None,
         width: int = 128,
         layers: int = 4,
         heads: int = 4,
@@ -71,7 +71,7 @@ class CausalTransformer(SequenceModel):
         context_dim: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, likelihood, num_classes, components, context_dim)
+        super().__init__(event_shape, likelihood, num_classes, num_components, context_dim)
         for name, value in (("width", width), ("layers", layers), ("heads", heads)):
             check_positive(name, value)
         if width % heads:

@@ -67,7 +67,7 @@ class Flow(GenerativeModel):
         hidden: Hidden layers of each map's network.
         bins: Bins of a spline.
         tail_bound: Half the length of a spline's interval, in standard deviations of the data.
-        components: 1 for a standard normal base; more for a mixture of so many diagonal Gaussians.
+        base_components: 1 for a standard normal base; more for a mixture of so many diagonal Gaussians.
         permutation: Order of the numbers from map to map: ``"reverse"``, ``"random"``, or ``"lu"`` (random, and a trained
             linear map before each). Default: ``"reverse"`` for autoregressive maps, ``"lu"`` for couplings.
         dropout: Share of hidden units left out at random while training; for small data sets.
@@ -100,7 +100,7 @@ class Flow(GenerativeModel):
         hidden: Sequence[int] = (128, 128),
         bins: int = 8,
         tail_bound: float = 5.0,
-        components: int = 1,
+        base_components: int = 1,
         permutation: str | None = None,
         dropout: float = 0.0,
         context_dim: int = 0,
@@ -112,13 +112,14 @@ class Flow(GenerativeModel):
         permutation = permutation or ("lu" if transform.endswith("coupling") else "reverse")
         check_choice("permutation", permutation, PERMUTATIONS)
         transforms = transforms or (1 if transform == "continuous" else 3)
-        for name, number in (("transforms", transforms), ("bins", bins), ("components", components)):
+        for name, number in (("transforms", transforms), ("bins", bins), ("base_components", base_components)):
             check_positive(name, number)
         check_positive("tail_bound", tail_bound, integer=False)
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` is a share of hidden units in [0, 1), got {dropout}")
         self.transform, self.transforms, self.hidden, self.bins = transform, transforms, tuple(hidden), bins
-        self.tail_bound, self.components, self.permutation, self.dropout = tail_bound, components, permutation, dropout
+        self.tail_bound, self.permutation, self.dropout = tail_bound, permutation, dropout
+        self.base_components = base_components
         size = math.prod(self.event_shape)
         self.actnorm = ActNorm((size,))
         with self.initial_weights(seed):
@@ -126,16 +127,16 @@ class Flow(GenerativeModel):
                 transform, size, transforms, hidden, context=context_dim, bins=bins, tail_bound=tail_bound,
                 permutation=permutation, dropout=dropout,
             )  # fmt: skip
-            if components > 1:
-                self.base_loc = nn.Parameter(torch.randn(components, size))
-                self.base_log_scale = nn.Parameter(torch.zeros(components, size))
-                self.base_logits = nn.Parameter(torch.zeros(components))
+            if base_components > 1:
+                self.base_loc = nn.Parameter(torch.randn(base_components, size))
+                self.base_log_scale = nn.Parameter(torch.zeros(base_components, size))
+                self.base_logits = nn.Parameter(torch.zeros(base_components))
         if context_dim:
             self.context_norm = ActNorm((context_dim,))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("transform", "transforms", "bins", "tail_bound", "components", "permutation", "dropout", "context_dim")
+        names = ("transform", "transforms", "bins", "tail_bound", "base_components", "permutation", "dropout", "context_dim")
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **{n: getattr(self, n) for n in names}}
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
@@ -149,14 +150,14 @@ class Flow(GenerativeModel):
         check_atoms(x)
         with torch.no_grad():
             standard = self.actnorm.start(x)
-            if self.components > 1:
+            if self.base_components > 1:
                 _start_mixture(standard, self.base_loc, self.base_log_scale, self.base_logits)
             if self.context_dim:
                 self.context_norm.start(batch["context"][:LOOKED])
 
     def base(self) -> dist.TorchDistribution:
         """The distribution of the noise, ``(D,)``."""
-        if self.components == 1:
+        if self.base_components == 1:
             return dist.Normal(torch.zeros_like(self.actnorm.loc), 1.0).to_event(1)
         parts = dist.Normal(self.base_loc, self.base_log_scale.exp()).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.base_logits), parts)

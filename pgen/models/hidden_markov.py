@@ -26,6 +26,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, NotAvailable, Seed, check_choice, check_event_shape, check_positive
 from ..data.arrays import as_batch, check_finite
 from ..data.transforms import Transform
+from ..distributions.columns import Kind, plain_columns
 from ..distributions.components import (
     Arrays,
     BernoulliComponents,
@@ -54,8 +55,10 @@ class HiddenMarkov(GenerativeModel):
     Args:
         event_shape: ``(T,)``, or ``(T, *frame)``.
         num_states: K.
-        likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``, or a list of these, one for each number of a frame.
+        likelihood: Of every number of a frame: ``"categorical"`` (the default), ``"gaussian"`` or ``"bernoulli"``.
         num_classes: Values of categories.
+        columns: What each number of a frame holds, where they differ: ``"continuous"`` (Gaussian), ``"binary"``,
+            ``("categorical", K)``, or ``("ordinal", K)``, whose order is not made use of.
         covariance: Of Gaussian frames: ``"full"``, ``"diagonal"``, ``"spherical"`` or ``"tied"``, as in ``GaussianMixture``.
         smoothing: Counts that the fit adds to each transition, each first state and each value of bits and categories.
         floor: Of Gaussians, see ``GaussianMixture``.
@@ -81,9 +84,10 @@ class HiddenMarkov(GenerativeModel):
         self,
         event_shape: Sequence[int],
         num_states: int = 8,
-        likelihood: str | Sequence[str] = "categorical",
+        likelihood: str | None = None,
         *,
-        num_classes: int | Sequence[int | None] | None = None,
+        num_classes: int | None = None,
+        columns: Sequence[Kind] | None = None,
         covariance: str = "diagonal",
         smoothing: float = 0.1,
         floor: float = 1e-4,
@@ -96,11 +100,10 @@ class HiddenMarkov(GenerativeModel):
         check_positive("restarts", restarts)
         check_choice("covariance", covariance, ("full", "diagonal", "spherical", "tied"))
         self.num_states, self.covariance, self.smoothing, self.floor = num_states, covariance, smoothing, floor
-        self.likelihood = likelihood if isinstance(likelihood, str) else list(likelihood)
-        self.num_classes = num_classes if num_classes is None or isinstance(num_classes, int) else list(num_classes)
-        self.restarts = restarts
+        self.likelihood = likelihood or ("categorical" if columns is None else None)
+        self.num_classes, self.columns, self.restarts = num_classes, plain_columns(columns), restarts
         self.components = vector_components(
-            num_states, math.prod(self.event_shape[1:]), self.likelihood, num_classes=self.num_classes,
+            num_states, math.prod(self.event_shape[1:]), self.likelihood, num_classes=num_classes, columns=columns,
             covariance=covariance, floor=floor, smoothing=smoothing,
         )  # fmt: skip
         self.num_data: Tensor
@@ -113,7 +116,7 @@ class HiddenMarkov(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("num_states", "likelihood", "num_classes", "covariance", "smoothing", "floor", "restarts")
+        names = ("num_states", "likelihood", "num_classes", "columns", "covariance", "smoothing", "floor", "restarts")
         return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
 
     # -- the program --------------------------------------------------------------------------------------------------

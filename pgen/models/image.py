@@ -126,14 +126,14 @@ class ImageModel(GenerativeModel):
     network: PixelNetwork
 
     def __init__(
-        self, event_shape: Sequence[int], likelihood: str, num_classes: int | None, components: int | None, context_dim: int
+        self, event_shape: Sequence[int], likelihood: str, num_classes: int | None, num_components: int | None, context_dim: int
     ) -> None:
         super().__init__(event_shape, context_dim=context_dim)
         if len(self.event_shape) not in (2, 3):
             raise ValueError(f"`event_shape` should be (height, width) or (channels, height, width), got {self.event_shape}")
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
-        self.likelihood, self.num_classes, self.components = likelihood, num_classes, components
-        self.observation: Observation = observation(likelihood, (), num_classes, components)
+        self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
+        self.observation: Observation = observation(likelihood, (), num_classes, num_components)
         self.channels = 1 if len(self.event_shape) == 2 else self.event_shape[0]
         numbers = torch.arange(math.prod(self.event_shape)).reshape(self.channels, -1)
         self.register_buffer("order", numbers.T.reshape(-1, 1))
@@ -147,13 +147,13 @@ class ImageModel(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("likelihood", "num_classes", "components", "context_dim")
+        names = ("likelihood", "num_classes", "num_components", "context_dim")
         return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
 
     def prime(self, data: Batch) -> None:
         """Start at the frequencies of single numbers."""
         x = self._prepared(data)[0]["x"].reshape(-1, self.channels, math.prod(self.event_shape[-2:]))
-        colours = observation(self.likelihood, (self.channels,), self.num_classes, self.components)
+        colours = observation(self.likelihood, (self.channels,), self.num_classes, self.num_components)
         with torch.no_grad():
             self.network.last().bias.copy_(colours.start(x.movedim(1, -1).flatten(0, 1)))
 

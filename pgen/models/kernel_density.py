@@ -31,7 +31,8 @@ from ..contracts import Batch, Measure, Run, Score, Seed, as_seed, check_choice,
 from ..data.arrays import as_batch, check_finite, is_source
 from ..data.batches import key
 from ..data.transforms import Transform
-from ..distributions.kernel_mixture import CONTINUOUS, Column, KernelMixture
+from ..distributions.columns import CONTINUOUS, Column, Kind, as_columns
+from ..distributions.kernel_mixture import KernelMixture
 from ..distributions.kernels import KERNELS, Gaussian, Kernel, Product, as_kernel
 from ..programs import keyed_rng
 from ..training.fit import Training
@@ -68,8 +69,8 @@ class KernelDensity(GenerativeModel):
         adaptive: ``"abramson"``: each kernel is scaled by :math:`\lambda_i = (\tilde p(x_i) / g)^{-1/2}`, a pilot by
             the rule of thumb over its geometric mean; ``"nearest"``: by the distance to the k-th nearest point.
         neighbors: k of ``"nearest"``; None for the root of N.
-        features: What each number of x holds, in row-major order, then each of the context: ``"continuous"``,
-            ``("categorical", K)`` or ``("ordered", K)`` with values 0, ..., K - 1. All continuous if None.
+        columns: What each number of x holds, in row-major order, then each of the context: ``"continuous"``, ``"binary"``,
+            ``("categorical", K)`` or ``("ordinal", K)`` with values 0, ..., K - 1. All continuous if None.
         floor: Smallest bandwidth, in the units of the data.
         preprocess: Invertible preprocessing of continuous x.
         context_dim: Size of a context c: the model is then p(x | c), a ratio of two kernel estimates.
@@ -103,7 +104,7 @@ class KernelDensity(GenerativeModel):
         covariance: str | None = None,
         adaptive: str | None = None,
         neighbors: int | None = None,
-        features: Sequence[Any] | None = None,
+        columns: Sequence[Kind] | None = None,
         floor: float = 0.0,
         preprocess: Transform | None = None,
         context_dim: int = 0,
@@ -111,7 +112,7 @@ class KernelDensity(GenerativeModel):
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         self.kernel = as_kernel(kernel)
-        self.columns = _columns(features, math.prod(self.event_shape), context_dim)
+        self.columns = _columns(columns, math.prod(self.event_shape), context_dim)
         self.real = [i for i, column in enumerate(self.columns) if column == CONTINUOUS]
         self.rule, given = _rule(bandwidth, self.kernel, len(self.real))
         self.covariance = _covariance(covariance, given)
@@ -135,12 +136,12 @@ class KernelDensity(GenerativeModel):
 
     @classmethod
     def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
-        """As for every family, but whole numbers get kernels of their own: categories where there are two, else ordered."""
+        """As for every family, but whole numbers get kernels of their own: binary where there are two, else ordinal."""
         found = super().suggest(x, given)
-        if found.get("preprocess") is None or found["preprocess"].kind == "exact":
+        if "columns" in given or found.get("preprocess") is None or found["preprocess"].kind == "exact":
             return found
         levels = max(int(x.max()), 1) + 1
-        return {"features": [("categorical" if levels == 2 else "ordered", levels)] * math.prod(x.shape[1:])}
+        return {"columns": ["binary" if levels == 2 else ("ordinal", levels)] * math.prod(x.shape[1:])}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
@@ -149,7 +150,7 @@ class KernelDensity(GenerativeModel):
         return {
             "event_shape": list(self.event_shape), "kernel": self.kernel.settings(), "bandwidth": bandwidth,
             "covariance": self.covariance, "adaptive": self.adaptive, "neighbors": self.neighbors,
-            "features": [list(c) if c != CONTINUOUS else c[0] for c in columns], "floor": self.floor,
+            "columns": [c[0] if c[0] in ("continuous", "binary") else list(c) for c in columns], "floor": self.floor,
             "context_dim": self.context_dim, "count": len(self.points),
         }  # fmt: skip
 
@@ -198,7 +199,7 @@ class KernelDensity(GenerativeModel):
 
     def _most(self) -> list[float]:
         """The largest smoothing of each discrete feature, at which all categories are alike."""
-        return [(k - 1) / k if kind == "categorical" else 1.0 for kind, k in self.columns if kind != CONTINUOUS[0]]
+        return [(k - 1) / k if kind != "ordinal" else 1.0 for kind, k in self.columns if kind != CONTINUOUS[0]]
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
@@ -462,19 +463,11 @@ class KernelDensity(GenerativeModel):
         super().save(path)
 
 
-def _columns(features: Sequence[Any] | None, size: int, context: int) -> tuple[Column, ...]:
+def _columns(columns: Sequence[Kind] | None, size: int, context: int) -> tuple[Column, ...]:
     """What each joint column holds, the context's first."""
-    if features is None:
+    if columns is None:
         return (CONTINUOUS,) * (context + size)
-    if len(features) not in (size, size + context):
-        raise ValueError(f"`features` has {len(features)} entries for {size} numbers of x; give one for each")
-    found = []
-    for i, feature in enumerate(features):
-        kind, values = (feature, 0) if isinstance(feature, str) else tuple(feature)
-        check_choice(f"features[{i}]", kind, ("continuous", "categorical", "ordered"))
-        if (kind == "continuous") != (values == 0) or (kind != "continuous" and values < 2):
-            raise ValueError(f"`features[{i}]` should be 'continuous' or ({kind!r}, K) with K of two or more, got {feature!r}")
-        found.append((str(kind), int(values)))
+    found = as_columns(columns, size + context if len(columns) == size + context else size)
     return tuple([*(found[size:] or [CONTINUOUS] * context), *found[:size]])
 
 
@@ -530,7 +523,7 @@ def _refuse_constant(deviation: Tensor, x: Tensor, real: list[int]) -> None:
     if len(constant):
         raise ValueError(
             f"`data` is constant in column {real[int(constant[0, 0])]}, so a rule of thumb gives it the bandwidth zero; drop "
-            "it, or declare it in `features` as categorical"
+            "it, or declare it in `columns` as categorical"
         )
 
 

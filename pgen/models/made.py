@@ -30,8 +30,8 @@ from ..base import SAMPLE_ROWS, GenerativeModel, _evaluating
 from ..contracts import Batch, Seed, check_choice, check_event_shape, check_positive
 from ..data.transforms import Transform
 from ..distributions.autoregressive import Autoregressive
-from ..distributions.columns import Columns, Kind
-from ..distributions.observation import OBSERVATIONS, Observation
+from ..distributions.columns import Columns, Kind, as_columns, plain_columns
+from ..distributions.observation import OBSERVATIONS, Observation, observation
 from ..evaluation.posterior import by_rows
 from ..nn import ACTIVATIONS, MaskedMLP
 from ..programs import check_support, isolated
@@ -51,11 +51,13 @@ class MADE(GenerativeModel):
     Args:
         event_shape: Shape of one datum.
         hidden: Sizes of the hidden layers, one or more.
-        likelihood: Of every column: ``"bernoulli"``, ``"categorical"`` (0, ..., num_classes - 1), ``"gaussian_mixture"``,
-            ``"gaussian"``, ``"discretized_logistic_mixture"`` (levels 0, ..., num_classes - 1).
+        likelihood: Of every column: ``"bernoulli"`` (the default), ``"categorical"`` (0, ..., num_classes - 1),
+            ``"gaussian_mixture"``, ``"gaussian"``, ``"discretized_logistic_mixture"`` (levels 0, ..., num_classes - 1). With
+            ``columns``, of those that are continuous: ``"gaussian_mixture"`` (the default) or ``"gaussian"``.
         num_classes: Classes or levels.
-        components: Of a mixture (default 10).
-        features: Instead of ``likelihood``, the kind of each column: ``("bernoulli", "gaussian_mixture", ("categorical", 5))``.
+        num_components: Of a mixture (default 10).
+        columns: What each column holds, where they differ: ``"continuous"``, ``"binary"``, ``("categorical", K)`` or
+            ``("ordinal", K)`` with values 0, ..., K - 1; ordinal ones get a mixture of discretised logistics.
         order: ``"natural"``, ``"random"``, or a permutation of 0, ..., D - 1: the columns as they are generated.
         num_orders: K; more than one are trained together. The first is ``order``, the others are random.
         residual: Make hidden layers after the first residual blocks.
@@ -86,10 +88,10 @@ class MADE(GenerativeModel):
         event_shape: Sequence[int],
         hidden: Sequence[int] = (512,),
         *,
-        likelihood: str = "bernoulli",
+        likelihood: str | None = None,
         num_classes: int | None = None,
-        components: int | None = None,
-        features: Sequence[Kind] | None = None,
+        num_components: int | None = None,
+        columns: Sequence[Kind] | None = None,
         order: str | Sequence[int] = "natural",
         num_orders: int = 1,
         residual: bool = False,
@@ -103,20 +105,21 @@ class MADE(GenerativeModel):
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         size = math.prod(self.event_shape)
         check_positive("num_orders", num_orders)
-        check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
+        likelihood = likelihood or ("bernoulli" if columns is None else "gaussian_mixture")
+        check_choice("likelihood", likelihood, tuple(OBSERVATIONS) if columns is None else REAL)
         _check_network(tuple(hidden), residual, dropout)
-        self.likelihood, self.num_classes, self.components = likelihood, num_classes, components
-        self.features = None if features is None else [k if isinstance(k, str) else list(k) for k in features]
+        self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
         self.hidden, self.residual, self.dropout, self.direct = tuple(hidden), residual, float(dropout), direct
         self.activation = ACTIVATIONS.name(activation)
-        self.columns = Columns(_kinds(features, size, likelihood, num_classes, components), components)
-        self.real = [name in REAL for name, _ in self.columns.kinds]
+        self.columns = plain_columns(columns)
+        self.table = Columns(_models(columns, size, likelihood, num_classes, num_components), num_components)
+        self.real = [name in REAL for name, _ in self.table.models]
         self.register_buffer("shift", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         with self.initial_weights(seed):
             self.register_buffer("orders", _orders(order, int(num_orders), size))
             self.network = MaskedMLP(
-                size, self.columns.width, self.hidden, self.columns.outputs, ACTIVATIONS[self.activation],
+                size, self.table.width, self.hidden, self.table.outputs, ACTIVATIONS[self.activation],
                 residual=residual, dropout=dropout, direct=direct, context_dim=context_dim,
             )  # fmt: skip
         self.places = _Places(self)
@@ -124,7 +127,8 @@ class MADE(GenerativeModel):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values; the orders are saved with the parameters."""
         names = (
-            "likelihood", "num_classes", "components", "features", "residual", "dropout", "direct", "activation", "context_dim",
+            "likelihood", "num_classes", "num_components", "columns", "residual", "dropout", "direct", "activation",
+            "context_dim",
         )  # fmt: skip
         plain = {name: getattr(self, name) for name in names}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), "num_orders": len(self.orders), **plain}
@@ -137,7 +141,7 @@ class MADE(GenerativeModel):
             self.shift.copy_(torch.where(real, x.mean(0), torch.zeros_like(x[0])))
             sd = x.std(0, correction=0)
             self.scale.copy_(torch.where(real & (sd > 0), sd, torch.ones_like(sd)))
-            self.network.last.bias.copy_(self.columns.start((x - self.shift) / self.scale).reshape(-1))
+            self.network.last.bias.copy_(self.table.start((x - self.shift) / self.scale).reshape(-1))
             if any(self.real):  # random scales here make a few data cost thousands of nats
                 self.network.last.weight.mul_(0.1)
 
@@ -169,9 +173,9 @@ class MADE(GenerativeModel):
         x = given.new_zeros(len(given), len(order)).index_copy(1, known, given)
         where = self._told(context, len(x))
         with torch.no_grad(), _evaluating(self):
-            y, which = (x - self.shift) / self.scale, self.columns.which(x.device)
-            outputs = self.network(self.columns.encode(y, which), order.argsort(), where)
-            fn = self.columns.distribution(outputs[:, column], which[column])
+            y, which = (x - self.shift) / self.scale, self.table.which(x.device)
+            outputs = self.network(self.table.encode(y, which), order.argsort(), where)
+            fn = self.table.distribution(outputs[:, column], which[column])
         if not self.real[column]:
             return fn
         return dist.TransformedDistribution(fn, dist.transforms.AffineTransform(self.shift[column], self.scale[column]))
@@ -240,7 +244,7 @@ class _MixtureOfOrders(dist.TorchDistribution):
     @property
     def support(self) -> Any:
         """What each column may be."""
-        return constraints.independent(self.made.columns.support, len(self.event_shape))
+        return constraints.independent(self.made.table.support, len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _MixtureOfOrders:
         """The same for more data."""
@@ -255,12 +259,12 @@ class _MixtureOfOrders(dist.TorchDistribution):
         """Log-density in nats: one pass an order."""
         made, shape = self.made, torch.broadcast_shapes(value.shape[: value.dim() - len(self.event_shape)], self.batch_shape)
         x = value.expand(*shape, *self.event_shape).reshape(-1, self.orders.shape[1])
-        y, which, context = (x - made.shift) / made.scale, made.columns.which(x.device), self._rows(shape)
-        inputs = made.columns.encode(y, which)
+        y, which, context = (x - made.shift) / made.scale, made.table.which(x.device), self._rows(shape)
+        inputs = made.table.encode(y, which)
         each = []
         for order in self.orders.unbind(0):
             outputs = made.network(inputs, order.argsort(), context)
-            each.append(made.columns.distribution(outputs, which).log_prob(y).sum(-1))
+            each.append(made.table.distribution(outputs, which).log_prob(y).sum(-1))
         found = each[0] if len(each) == 1 else torch.stack(each).logsumexp(0) - math.log(len(each))
         return (found - made.scale.log().sum()).reshape(shape)
 
@@ -298,8 +302,8 @@ class _Places:
     """MADE as a network that takes one step at a time, each datum in an order of its own: its context begins with the ranks."""
 
     def __init__(self, made: MADE) -> None:
-        self.network, self.columns, self.parameters = made.network, made.columns, made.network.parameters
-        self.observation = _AtColumn(made.columns)
+        self.network, self.table, self.parameters = made.network, made.table, made.network.parameters
+        self.observation = _AtColumn(made.table)
 
     def start(self, batch: int, context: Tensor | None) -> list[Tensor]:
         """Orders, sums of the first hidden layer, and columns known so far."""
@@ -312,9 +316,9 @@ class _Places:
     def step(self, state: Sequence[Tensor], t: Tensor, previous: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Take in the column before, and give the outputs at the next, followed by the number of its kind."""
         order, *rest = state
-        which = self.columns.which(order.device)
+        which = self.table.which(order.device)
         before = order.index_select(1, (t - 1).clamp(min=0).reshape(1)).squeeze(1)
-        inputs = self.columns.encode(previous, which[before]) * (t > 0)
+        inputs = self.table.encode(previous, which[before]) * (t > 0)
         self.network.take(rest, inputs, before, t - 1)
         place = order.index_select(1, t.reshape(1)).squeeze(1)
         outputs = self.network.give(rest, place, t)
@@ -328,37 +332,35 @@ class _Places:
 class _AtColumn(Observation):
     """What is at a column, the number of whose kind is the last of the outputs."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, table: Columns) -> None:
         super().__init__(())
-        self.columns, self.outputs = columns, columns.outputs + 1
+        self.table, self.outputs = table, table.outputs + 1
 
     support = constraints.real
 
     def at(self, outputs: Tensor, t: Tensor) -> dist.TorchDistribution:
         """The distribution of the column."""
-        return self.columns.distribution(outputs[..., :-1], outputs[..., -1].long())
+        return self.table.distribution(outputs[..., :-1], outputs[..., -1].long())
 
     def draw(self, outputs: Tensor, t: Tensor) -> Tensor:
         """One draw."""
-        if len(self.columns.parts) == 1:
-            return self.columns.parts[0].draw(outputs[..., :-1], t)
+        if len(self.table.parts) == 1:
+            return self.table.parts[0].draw(outputs[..., :-1], t)
         return super().draw(outputs, t)
 
 
-def _kinds(
-    features: Sequence[Kind] | None, size: int, likelihood: str, num_classes: int | None, components: int | None
-) -> Sequence[Any]:
-    """The kind of each column."""
-    if features is None:
-        from ..distributions.observation import observation
-
-        observation(likelihood, (), num_classes, components)  # checks that they go together
+def _models(
+    columns: Sequence[Kind] | None, size: int, likelihood: str, num_classes: int | None, num_components: int | None
+) -> list[tuple[str, int | None]]:
+    """The observation model of each column, and its number of classes."""
+    if columns is None:
+        observation(likelihood, (), num_classes, num_components)  # checks that they go together
         return [(likelihood, num_classes)] * size
-    if len(features) != size:
-        raise ValueError(f"`features` has {len(features)} kinds for {size} columns; give one a column")
     if num_classes is not None:
-        raise ValueError("`num_classes` goes with one likelihood for all; in `features` write ('categorical', 5)")
-    return features
+        raise ValueError("`num_classes` goes with one likelihood for all; in `columns` write ('categorical', 5)")
+    models = {"continuous": likelihood, "binary": "bernoulli", "ordinal": "discretized_logistic_mixture"}
+    with_levels = ("categorical", "ordinal")
+    return [(models.get(kind, kind), k if kind in with_levels else None) for kind, k in as_columns(columns, size)]
 
 
 def _orders(order: str | Sequence[int], num_orders: int, size: int) -> Tensor:

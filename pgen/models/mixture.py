@@ -28,6 +28,7 @@ from ..base import FAMILIES, GenerativeModel
 from ..contracts import Batch, NotAvailable, Seed, check_positive, nearest
 from ..data.batches import key
 from ..data.transforms import Transform
+from ..distributions.columns import Kind, plain_columns
 from ..distributions.components import (
     Arrays,
     Columns,
@@ -331,8 +332,10 @@ class Mixture(_VectorMixture):
     Args:
         event_shape: Shape of one datum.
         num_components: K.
-        likelihood: ``"bernoulli"``, ``"categorical"``, ``"gaussian"`` (diagonal), or a list of these, one for each number of x.
-        num_classes: Values of categories: one number for all, or a list, None where a number is no category.
+        likelihood: Of every number of x: ``"bernoulli"`` (the default), ``"categorical"`` or ``"gaussian"`` (diagonal).
+        num_classes: Values of categories.
+        columns: What each number of x holds, where they differ: ``"continuous"`` (Gaussian), ``"binary"``,
+            ``("categorical", K)``, or ``("ordinal", K)``, whose order is not made use of.
         smoothing: Counts that the fit adds to each value of bits and categories in each component (Laplace); it acts on
             gradients.
         floor: Of Gaussians, see ``GaussianMixture``.
@@ -359,9 +362,10 @@ class Mixture(_VectorMixture):
         self,
         event_shape: Sequence[int],
         num_components: int = 10,
-        likelihood: str | Sequence[str] = "bernoulli",
+        likelihood: str | None = None,
         *,
-        num_classes: int | Sequence[int | None] | None = None,
+        num_classes: int | None = None,
+        columns: Sequence[Kind] | None = None,
         smoothing: float = 1.0,
         floor: float = 1e-6,
         restarts: int = 4,
@@ -374,17 +378,17 @@ class Mixture(_VectorMixture):
         check_positive("num_components", num_components)
         check_positive("restarts", restarts)
         self.num_components, self.restarts, self.smoothing, self.floor = num_components, restarts, smoothing, floor
-        self.likelihood = likelihood if isinstance(likelihood, str) else list(likelihood)
-        self.num_classes = num_classes if num_classes is None or isinstance(num_classes, int) else list(num_classes)
+        self.likelihood = likelihood or ("bernoulli" if columns is None else None)
+        self.num_classes, self.columns = num_classes, plain_columns(columns)
         components = vector_components(
-            num_components, math.prod(self.event_shape), self.likelihood, num_classes=self.num_classes, floor=floor,
-            smoothing=smoothing,
+            num_components, math.prod(self.event_shape), self.likelihood, num_classes=num_classes, columns=columns,
+            floor=floor, smoothing=smoothing,
         )  # fmt: skip
         self._make(components, hidden, seed)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("num_components", "likelihood", "num_classes", "smoothing", "floor", "restarts", "context_dim")
+        names = ("num_components", "likelihood", "num_classes", "columns", "smoothing", "floor", "restarts", "context_dim")
         own = {name: getattr(self, name) for name in names}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **own}
 

@@ -45,7 +45,7 @@ class PixelRNN(ImageModel):
         likelihood: ``"bernoulli"``, ``"categorical"`` (0, ..., num_classes - 1), ``"discretized_logistic_mixture"`` (levels 0,
             ..., num_classes - 1), ``"gaussian"`` or ``"gaussian_mixture"``.
         num_classes: Classes or levels.
-        components: Of a mixture (default 10).
+        num_components: Of a mixture (default 10).
         dropout: Probability with which a number that a layer hands on is left out of a training step.
         context_dim: Size of the vector that every layer is conditioned on; 0 for none.
         seed: Keys the initial weights.
@@ -69,12 +69,12 @@ class PixelRNN(ImageModel):
         head: int = 64,
         likelihood: str = "bernoulli",
         num_classes: int | None = None,
-        components: int | None = None,
+        num_components: int | None = None,
         dropout: float = 0.0,
         context_dim: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, likelihood, num_classes, components, context_dim)
+        super().__init__(event_shape, likelihood, num_classes, num_components, context_dim)
         for name, value in (("channels", channels), ("layers", layers), ("head", head)):
             check_positive(name, value)
         for name, value in (("kernel", kernel), ("first_kernel", first_kernel)):

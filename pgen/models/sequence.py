@@ -40,19 +40,19 @@ class SequenceModel(GenerativeModel):
     """Whether the network takes at most T positions; completions that are longer look back at the last ones."""
 
     def __init__(
-        self, event_shape: Sequence[int], likelihood: str, num_classes: int | None, components: int | None, context_dim: int
+        self, event_shape: Sequence[int], likelihood: str, num_classes: int | None, num_components: int | None, context_dim: int
     ) -> None:
         super().__init__(event_shape, context_dim=context_dim)
         if len(self.event_shape) > 2:
             raise ValueError(f"`event_shape` should be (T,) or (T, F), got {self.event_shape}")
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
-        self.likelihood, self.num_classes, self.components = likelihood, num_classes, components
-        self.observation: Observation = observation(likelihood, self.event_shape[1:], num_classes, components)
+        self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
+        self.observation: Observation = observation(likelihood, self.event_shape[1:], num_classes, num_components)
         self.outputs = self.observation.outputs * math.prod(self.event_shape[1:])
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("likelihood", "num_classes", "components", "context_dim")
+        names = ("likelihood", "num_classes", "num_components", "context_dim")
         return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
 
     def output_bias(self) -> nn.Parameter:

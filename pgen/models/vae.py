@@ -47,7 +47,7 @@ class VAE(GenerativeModel):
             (real x; mean and standard deviation both functions of z), ``"gaussian_mixture"`` or
             ``"discretized_logistic_mixture"`` (ordered levels 0, ..., num_classes - 1).
         num_classes: Values of a categorical x, or its levels.
-        components: Of a mixture, for each number of x (default 10).
+        num_components: Of a mixture, for each number of x (default 10).
         activation: ``"silu"``, ``"tanh"``, ``"relu"``, ``"softplus"``, or the module class itself.
         context_dim: Size of the vector that model and guide are conditioned on; 0 for none.
         preprocess: Invertible preprocessing of x.
@@ -71,7 +71,7 @@ class VAE(GenerativeModel):
         prior: str = "gaussian",
         likelihood: str = "bernoulli",
         num_classes: int | None = None,
-        components: int | None = None,
+        num_components: int | None = None,
         activation: str | type[nn.Module] = "silu",
         context_dim: int = 0,
         preprocess: Transform | None = None,
@@ -84,8 +84,8 @@ class VAE(GenerativeModel):
         check_choice("prior", prior, ("gaussian", "flow"))
         self.latent_dim, self.likelihood, self.num_classes = latent_dim, likelihood, num_classes
         self.encoder_name, self.prior_name = encoder, prior
-        self.components, self.hidden, self.activation = components, tuple(hidden), ACTIVATIONS.name(activation)
-        self.observation = observation(likelihood, self.event_shape, num_classes, components)
+        self.num_components, self.hidden, self.activation = num_components, tuple(hidden), ACTIVATIONS.name(activation)
+        self.observation = observation(likelihood, self.event_shape, num_classes, num_components)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
         with self.initial_weights(seed):
             self.encoder = ENCODERS[encoder](
@@ -97,7 +97,7 @@ class VAE(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("latent_dim", "likelihood", "num_classes", "components", "activation", "context_dim")
+        names = ("latent_dim", "likelihood", "num_classes", "num_components", "activation", "context_dim")
         plain = {n: getattr(self, n) for n in names}
         return {
             "event_shape": list(self.event_shape),

@@ -36,7 +36,7 @@ class WaveNet(SequenceModel):
         likelihood: Of one symbol: ``"categorical"`` (audio: ``pgen.data.mu_law``), ``"discretized_logistic_mixture"``,
             ``"bernoulli"``, ``"gaussian"`` or ``"gaussian_mixture"`` (real numbers of order one: standardise them).
         num_classes: Values of a symbol, where they are finitely many.
-        components: Of a mixture.
+        num_components: Of a mixture.
         channels: Of the residual stream and of the gates.
         skip_channels: Of the skip connections; by default twice ``channels``.
         dilations: One layer each; by default 1, 2, 4, ... until T is seen, at most 512.
@@ -63,7 +63,7 @@ class WaveNet(SequenceModel):
         likelihood: str = "categorical",
         num_classes: int | None = None,
         *,
-        components: int | None = None,
+        num_components: int | None = None,
         channels: int = 32,
         skip_channels: int | None = None,
         dilations: Sequence[int] | None = None,
@@ -72,7 +72,7 @@ class WaveNet(SequenceModel):
         context_dim: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, likelihood, num_classes, components, context_dim)
+        super().__init__(event_shape, likelihood, num_classes, num_components, context_dim)
         for name, value in (("channels", channels), ("kernel_size", kernel_size)):
             check_positive(name, value)
         check_positive("skip_channels", skip_channels, allow_none=True)
