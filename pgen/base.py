@@ -42,6 +42,7 @@ from .data.batches import key
 from .data.stored import Checked, look_rows
 from .data.transforms import Compose, Dequantize, Standardize, Transform, from_settings
 from .distributions.autoregressive import stepping
+from .distributions.energy import Unnormalised
 from .distributions.observation import LEVELS
 from .evaluation.annealing import AIS, Sandwich, anneal, bidirectional, log_mean, simulate
 from .evaluation.likelihood import UNIT_ROWS, At, importance_bound, take
@@ -157,7 +158,7 @@ class _Questions(nn.Module):
         self._ready(batch)
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
         first = next(iter(named.values()))
-        objective = _with_own_state(objective or self.default_objective(), first.device, first.dtype)
+        objective = self._begun(objective or self.default_objective(), batch, as_seed(seed), first.device, first.dtype)
         last = {name: first.new_tensor(schedule(1, 1)) for name, schedule in getattr(objective, "schedules", {}).items()}
         scalars = {"num_data": float(batch_length(batch)), **last}
         for number in range(num_repeats):
@@ -320,6 +321,7 @@ class _Questions(nn.Module):
                 finally:
                     if run.steps:
                         self.last_run = run
+                        self._ended(objective)
                         self._fitted_to(data if source is None else source)
         return run
 
@@ -345,6 +347,12 @@ class _Questions(nn.Module):
             with isolated(self.home), keyed_rng(key(seed, "begin"), device), torch.no_grad():
                 objective = objective.begin(*self.programs(), self.prepare(data))
         return _with_own_state(objective, device, dtype)
+
+    def _ended(self, objective: Any) -> None:
+        """Give the model what the objective's state has for it."""
+        if hasattr(objective, "end"):
+            with torch.no_grad():
+                objective.end(*self.programs())
 
     def _default_batch(self, num_data: int) -> int | None:
         """Data a step, unless told otherwise; None for all."""
@@ -382,6 +390,7 @@ class _Questions(nn.Module):
             with keyed_rng(key(seed, "check"), device), rows_at(index), _evaluating(self):
                 with isolated(self.home, validate=True):
                     traces = self._strict(self.prepare(first), num_data)
+                    _check_normalised(objective, traces)
                 self._check_owned(objective, first, num_data)
         if settings.augment is None:
             watch = self._check_support(data, None if source is None else source.looked)
@@ -453,6 +462,17 @@ class _Questions(nn.Module):
 
         preprocess = None if self.preprocess is None else self.preprocess.settings()
         files.write(path, self.state_dict(), {**metadata, "preprocess": preprocess, "pgen_version": __version__})
+
+
+def _check_normalised(objective: Any, traces: Traces | None) -> None:
+    """Refuse an objective that takes log-densities at their word where one has no normaliser."""
+    for term in () if traces is None else traces.model.values():
+        if isinstance(innermost(term.fn), Unnormalised) and getattr(objective, "kind", "unnormalised") != "unnormalised":
+            raise ValueError(
+                f"`objective` {type(objective).__name__} would raise the density of site {term.name!r} without end, as it has "
+                "no normaliser; use pgen.objectives.PersistentContrastiveDivergence(), DenoisingScoreMatching() or "
+                "NoiseContrastive(noise)"
+            )
 
 
 def _refuse_source(argument: str, data: Any) -> None:

@@ -359,6 +359,9 @@ CASES: dict[str, Case] = {
     ),
     "maximum_entropy_line": exact(lambda seed: models.MaximumEntropy((1,), ["x", "x^2", "cos x"]), _REALS[:, 0, :1]),
     "maximum_entropy_plane": exact(lambda seed: models.MaximumEntropy((2,), ["x", "pairs", "x^2"]), _REALS[:, 0, :2]),
+    "rbm": exact(lambda seed: models.RBM(EVENT, 4, seed=seed), _BITS, values=2),
+    "rbm_wide": exact(lambda seed: models.RBM(EVENT, 9, seed=seed), _BITS, values=2),
+    "rbm_gaussian": exact(lambda seed: models.RBM(EVENT, 3, visible="gaussian", preprocess=Standardize(), seed=seed), _REALS),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

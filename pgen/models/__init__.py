@@ -2,6 +2,7 @@
 
 from ..base import FAMILIES as REGISTRY
 from .autoencoder import Autoencoder
+from .boltzmann import RBM
 from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
 from .diffusion import Diffusion
@@ -21,6 +22,7 @@ from .wavenet import WaveNet
 
 __all__ = [
     "MADE",
+    "RBM",
     "REGISTRY",
     "VAE",
     "Autoencoder",

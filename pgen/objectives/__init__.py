@@ -4,8 +4,22 @@ None calls ``.item()``: a whole training step can be captured into one graph.
 """
 
 from .baselines import DecayingAverage
+from .contrastive import ContrastiveDivergence, PersistentContrastiveDivergence
 from .elbo import ELBO, Objective
 from .multisample import IWAE, VIMCO, DReG, Renyi
 from .schedules import Cyclical, Linear, Schedule
 
-__all__ = ["ELBO", "IWAE", "VIMCO", "Cyclical", "DReG", "DecayingAverage", "Linear", "Objective", "Renyi", "Schedule"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "VIMCO",
+    "ContrastiveDivergence",
+    "Cyclical",
+    "DReG",
+    "DecayingAverage",
+    "Linear",
+    "Objective",
+    "PersistentContrastiveDivergence",
+    "Renyi",
+    "Schedule",
+]

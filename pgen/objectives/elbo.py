@@ -34,7 +34,8 @@ class Objective(Protocol):
     ``scalars`` as tensors; and ``state``, a module: a fit works on a copy of it, trains its parameters beside the model's
     and carries its buffers from step to step. Where that state depends on the data (chains that begin there), ``begin(model,
     guide, batch)`` gives the objective with it; it is called before the first step with all data (of a source, with those
-    looked at first), preprocessed.
+    looked at first), preprocessed. ``end(model, guide)`` is called after the last step, finished or not: there it may give
+    the model what it is to keep. ``explain(metrics)`` may say in a line why a step with such metrics is not finite.
 
     A game has ``players``: the objective of each, by the name of the part of the model that it trains (a part of its
     parameters' dotted names), in the order in which they move. A player with ``moves`` moves as often in every step, each time

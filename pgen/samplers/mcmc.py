@@ -6,13 +6,14 @@ and decides nothing in Python, so that it can be captured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Density", "Info", "State", "hmc", "start", "with_gradient"]
+__all__ = ["Density", "Info", "State", "gibbs", "hmc", "langevin", "start", "with_gradient"]
 
 Density = Callable[[Tensor], tuple[Tensor, ...]]
 """From positions ``(*chains, D)`` to log-densities ``(*chains)``, gradients ``(*chains, D)``, and whatever goes with them."""
@@ -96,6 +97,61 @@ def hmc(density: Density, state: State, step_size: Tensor | float, leapfrog: int
     acceptance = error.clamp(max=0.0).exp()
     accepted = torch.rand_like(acceptance) < acceptance
     return _choose(accepted, new, state), Info(acceptance, accepted, error)
+
+
+def langevin(density: Density, state: State, step_size: Tensor | float, temperature: float = 1.0) -> tuple[State, Info]:
+    r"""One unadjusted Langevin step, whose stationary law differs from the density by :math:`O(\varepsilon^2)`.
+
+    .. math:: u' = u + \tfrac{\varepsilon^2}{2} \nabla \log f(u) + \sqrt{T} \, \varepsilon \, \xi,
+        \quad \xi \sim \mathcal{N}(0, I)
+
+    With the correction of Metropolis it is ``hmc`` with one leapfrog step, and exact.
+
+    Args:
+        density: The target.
+        state: Where the chains are.
+        step_size: :math:`\varepsilon`, one or one a chain.
+        temperature: T; below 1 the chains look for modes, and their law is another than the density's.
+
+    Returns:
+        The next state, and what happened: nothing is ever refused.
+
+    References:
+        Roberts and Tweedie (1996), Bernoulli 2:341; Welling and Teh (2011), Stochastic gradient Langevin dynamics.
+    """
+    noise = torch.randn_like(state.position)
+    drift = 0.5 * step_size * step_size * state.gradient
+    new = start(density, state.position + drift + math.sqrt(temperature) * step_size * noise)
+    one = torch.ones_like(state.log_density)
+    return new, Info(one, one > 0, new.log_density - state.log_density)
+
+
+def gibbs(log_density: Callable[[Tensor], Tensor], position: Tensor, values: Tensor) -> Tensor:
+    r"""One sweep of Gibbs sampling over coordinates with finitely many values, which leaves the density invariant.
+
+    .. math:: u_d \sim p(u_d \mid u_{-d}) \propto f(u_1, \ldots, u_d, \ldots, u_D), \qquad d = 1, \ldots, D
+
+    Every coordinate costs one evaluation of the density at all its values; a model that knows conditionals of whole blocks
+    is faster by them.
+
+    Args:
+        log_density: From positions ``(*chains, D)`` to log-densities ``(*chains)`` up to a constant.
+        position: Where the chains are, ``(*chains, D)``.
+        values: What each coordinate may be, ``(K,)``.
+
+    Returns:
+        Where they are next.
+
+    References:
+        Geman and Geman (1984), Stochastic relaxation, Gibbs distributions, doi:10.1109/TPAMI.1984.4767596.
+    """
+    for d in range(position.shape[-1]):
+        tried = position.expand(len(values), *position.shape).clone()
+        tried[..., d] = values.reshape(-1, *[1] * (position.dim() - 1))
+        share = torch.softmax(torch.stack([log_density(one) for one in tried]), 0).cumsum(0)  # (K, *chains)
+        drawn = (torch.rand_like(share[0]) * share[-1] > share[:-1]).sum(0)
+        position = tried.gather(0, drawn.reshape(1, *drawn.shape, 1).expand(1, *position.shape))[0]
+    return position
 
 
 def _choose(accepted: Tensor, new: State, old: State) -> State:

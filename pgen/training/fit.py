@@ -1117,10 +1117,12 @@ class _Trainer:
         loop, names = self.loop, {id(p): name for name, p in self.loop.target.named_parameters()}
         seed_generators(noise, loop.device)
         scheduled = loop.step.split_scalars(loop.scalars(step, 1)[0])[1]
-        for player in loop.step.players:
-            loss, _, grads = player.split(player.loss_and_grads(loop.step.leaves, index, scheduled))
+        for player, part in zip(loop.step.players, players(loop.objective).values()):
+            loss, metrics, grads = player.split(player.loss_and_grads(loop.step.leaves, index, scheduled))
             if not bool(torch.isfinite(loss)):
-                return f"the loss is not finite though every site is; {ADVICE}"
+                told = {name: float(value) for name, value in zip(player.metric_names, metrics)}
+                words = getattr(part, "explain", lambda told: "")(told)
+                return words or f"the loss is not finite though every site is; {ADVICE}"
             for parameter, grad in zip(player.params, grads):
                 if not bool(torch.isfinite(grad).all()):
                     return f"the gradient of {names.get(id(parameter))!r} is not finite though the loss is; {ADVICE}"

@@ -1,0 +1,126 @@
+r"""What families without a normaliser have in common: chains that they keep, and densities with what is known of log Z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import GenerativeModel
+from ..contracts import NotAvailable, Score, Seed, check_positive
+from ..data.transforms import Transform
+from ..evaluation.normalizer import LogNormalizer
+
+__all__ = ["UnnormalisedModel"]
+
+KEPT = 256
+"""Chains of a fit that a model keeps."""
+
+
+class UnnormalisedModel(GenerativeModel):
+    """A family whose model program has one observed site with minus an energy as its log-density.
+
+    Args:
+        event_shape: Shape of one datum.
+        preprocess: Invertible preprocessing of x.
+        context_dim: Size of the context.
+    """
+
+    chains: Tensor
+    chains_context: Tensor
+    loc: Tensor
+    scale: Tensor
+    log_z: Tensor
+
+    def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        self.register_buffer("chains", torch.full((KEPT, *self.event_shape), math.inf))
+        self.register_buffer("chains_context", torch.full((KEPT, context_dim), math.inf))
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("scale", torch.ones(self.event_shape))
+        self.register_buffer("log_z", torch.full((2,), math.inf, dtype=torch.float64))  # with its error; not known yet
+
+    def _fitted_to(self, data: Any) -> None:
+        """Forget the normaliser of the parameters before."""
+        self.log_z.fill_(math.inf)
+
+    # -- chains -------------------------------------------------------------------------------------------------------
+
+    def keep_chains(self, x: Tensor, given: Sequence[Tensor]) -> None:
+        """Keep some of the chains of a fit: sampling and a further fit may go on from them."""
+        rows = torch.arange(KEPT, device=x.device) * len(x) // KEPT
+        self.chains.copy_(x[rows])
+        if given and self.context_dim:
+            self.chains_context.copy_(given[-1][rows])
+
+    def kept_chains(self) -> tuple[Tensor, list[Tensor]] | None:
+        """The chains that were kept, and their contexts; None if there are none."""
+        if not bool(torch.isfinite(self.chains).all()):
+            return None
+        return self.chains.clone(), [self.chains_context.clone()] if self.context_dim else []
+
+    # -- densities ----------------------------------------------------------------------------------------------------
+
+    def _normalizer(self, seed: Seed, progress: bool) -> tuple[float, float] | None:
+        """log Z of preprocessed x and its standard error (0 where it is exact), if it is known."""
+        value, error = self.log_z.tolist()
+        return None if math.isinf(value) else (value, error)
+
+    def log_prob(self, x: Any, context: Any = None, **options: Any) -> Score:
+        """Log-density of each datum: ``unnormalised`` until the normaliser is known.
+
+        Args:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Context of each datum.
+            **options: ``seed``, ``batch_size``, ``compile``, ``progress`` of ``GenerativeModel.log_prob``.
+
+        Returns:
+            A Score of kind ``unnormalised``; after ``log_normalizer()`` ``estimate``, its ``mc_error`` shared by all data (it
+            does not average out); ``exact`` where the normaliser is enumerated.
+        """
+        if options.get("method", "importance") != "importance" or "num_samples" in options:
+            check_positive("num_samples", options.get("num_samples", 1))
+            options = {name: value for name, value in options.items() if name != "num_samples"}
+        if options.get("method", "importance") != "importance":
+            raise NotAvailable(f"{type(self).__name__} has no latents to anneal; ask for log_normalizer(), then log_prob(x)")
+        score = super().log_prob(x, context, **options)
+        known = self._normalizer(options.get("seed", 0), options.get("progress", True))
+        if known is None:
+            return replace(score, kind="unnormalised")
+        value, error = known
+        if error == 0 and score.kind == "exact":
+            return replace(score, value=score.value - value)
+        return replace(score, value=score.value - value, kind="estimate", mc_error=torch.full_like(score.value, error))
+
+    def log_normalizer(self, **options: Any) -> LogNormalizer:
+        """Estimate log Z."""
+        raise NotImplementedError
+
+    def energy(self, x: Any, context: Any = None, **options: Any) -> Tensor:
+        """E(x) of each datum in the units of the data, ``(N,)`` in nats: minus the log-density without its normaliser."""
+        return -super().log_prob(x, context, **options).value
+
+    def predict(
+        self,
+        data: Any,
+        num_samples: int = 100,
+        seed: Seed = 0,
+        context: Any = None,
+        *,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> dict[str, Tensor]:
+        """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``."""
+        check_positive("num_samples", num_samples)
+        batch = self._batch("data", data, context)
+        where = batch["context"].repeat(int(num_samples), 1) if "context" in batch else None
+        count = int(num_samples) * len(batch["x"])
+        x = self.sample(count, where, seed=seed, compile=compile, progress=progress)
+        return {"x": x.reshape(int(num_samples), -1, *self.event_shape)}
+
+    def _word(self, objective: Any, latent: bool) -> str:
+        return str(getattr(objective, "word", "unnormalised log-density"))

@@ -1,0 +1,72 @@
+r"""Models whose density may lack its normaliser, as functions of the data that they observe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyro.distributions import Unit
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..contracts import Batch
+from ..programs import Term, innermost, run_program
+from .elbo import scaled
+
+__all__ = ["check_without_latents", "log_density", "observing", "parts"]
+
+Program = Callable[..., Any]
+
+
+def parts(batch: Batch) -> tuple[Tensor, list[Tensor], Callable[[Tensor, Sequence[Tensor]], Batch]]:
+    """The data x of a batch (``"x"`` of a dict that has one, else the first tensor), its other tensors, and the way back."""
+    leaves, spec = tree_flatten(batch)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    first = list(batch).index("x") if isinstance(batch, dict) and "x" in batch else places[0]
+    others = [i for i in places if i != first]
+
+    def closed(x: Tensor, given: Sequence[Tensor]) -> Batch:
+        filled = list(leaves)
+        for place, tensor in zip([first, *others], [x, *given]):
+            filled[place] = tensor
+        return tree_unflatten(filled, spec)
+
+    return leaves[first], [leaves[i] for i in others], closed
+
+
+def observing(model: Program, batch: Batch) -> list[Term]:
+    """The terms whose density needs a normaliser: the site that observes x, and factors; all, where no site observes x.
+
+    What else a model observes (the class of each datum, say) has a normalised law given x, so that a chain over x need not
+    draw it.
+    """
+    x, *_ = parts(batch)
+    terms = list(run_program(model, batch).values())
+    own = [term for term in terms if term.value is x]
+    return [term for term in terms if term in own or isinstance(innermost(term.fn), Unit)] if own else terms
+
+
+def log_density(model: Program, batch: Batch, *, whole: bool = False, scales: bool = False) -> Tensor:
+    """log f(x) of each datum, ``(B,)``, up to a constant, in nats.
+
+    Args:
+        model: Without latents.
+        batch: Its arguments.
+        whole: Whether normalised terms that depend on x count too.
+        scales: Whether the program's own scales count.
+    """
+    terms = list(run_program(model, batch).values()) if whole else observing(model, batch)
+    rows = [scaled(term, term.rows) if scales else term.rows for term in terms]
+    return sum(rows[1:], rows[0])
+
+
+def check_without_latents(objective: Any, model: Program, batch: Batch) -> None:
+    """Refuse a model whose density at x is not to be had by running it once."""
+    name = type(objective).__name__
+    for term in run_program(model, batch).values():
+        if not term.observed:
+            raise ValueError(f"{name} needs a model without latents, and this one draws {term.name!r}; use pgen.ELBO()")
+        if not term.local:
+            raise ValueError(
+                f'{name} needs the density of each datum, and site {term.name!r} lies outside `with pyro.plate("data", ...)`'
+            )
