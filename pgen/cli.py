@@ -294,6 +294,52 @@ def diagnose(
 
 
 @app.command()
+def evaluate(
+    folder: Folder,
+    data: DataName,
+    num: Annotated[int, typer.Option("-n", "--num", help="Most samples, and most data that they are held against.")] = 2000,
+    train: Annotated[
+        str | None,
+        typer.Option("--train", help="What the model was fitted to; left out, what RUN names, if that is there."),
+    ] = None,
+    features: Annotated[str, typer.Option("--features", help="Where distances are taken: pixels, pca or classifier.")] = "pca",
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Latent draws a datum, where there are latents.")] = 100,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw samples beside their nearest training data here.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write verdict and table here.")] = None,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Json = False,
+) -> Result:
+    """Judge a fitted model by its samples, against data that it was not fitted to; and by its likelihood, where it has one."""
+    from pgen.evaluation import samples
+
+    if "file" in runs.read_record(folder)["model"]:
+        raise ValueError(f"{folder} is of a program of your own: give replicates and data to pgen.evaluation.samples.evaluate")
+    fitted, record = runs.open_run(folder, None)
+    held = runs.held_out(data, train, record)
+    x = fitted.sample(min(num, len(held.real)), seed=seed)
+    labels = held.labels if features == "classifier" else None
+    found = samples.evaluate(
+        x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
+    )
+    log_prob = runs.likelihood(fitted, held.real, num_samples=num_samples, seed=seed, progress=not quiet)
+    if png is not None:
+        pgen.plots.save(pgen.plots.samples_and_neighbours(found, record["data"].get("columns")), png)
+    if markdown is not None:
+        found.to_markdown(markdown)
+    files = [str(path) for path in (png, markdown) if path is not None]
+    about = {"data": held.about_real, "train": held.about_train, "log_prob": log_prob}
+    result = {"command": "evaluate", **about, **found.to_dict(), "files": files}
+
+    def show(console: Console) -> None:
+        _facts(console, {"data": held.about_real, "training data": held.about_train, "log-density": log_prob["text"]})
+        console.print(f"\n{found}")
+        _facts(console, {"written": files})
+
+    return Result(result, show)
+
+
+@app.command()
 def info(folder: Folder, as_json: Json = False) -> Result:
     """What a run folder holds, its model file checked against its digest."""
     from pgen import files

@@ -40,6 +40,7 @@ __all__ = [
     "PICTURES",
     "RECORD",
     "REPORT",
+    "HeldOut",
     "Parts",
     "Program",
     "Subject",
@@ -50,6 +51,8 @@ __all__ = [
     "discard_checkpoint",
     "fit_each",
     "has_checkpoint",
+    "held_out",
+    "likelihood",
     "open_run",
     "parse_each",
     "parse_settings",
@@ -621,6 +624,80 @@ def batch(source: str, record: dict[str, Any]) -> Any:
     about = record["data"]
     loaded = _load(source, None if "file" in record["model"] else "test")
     return _prepare(_arguments(loaded, about["given"]), about["prepared"])
+
+
+@dataclass
+class HeldOut:
+    """Data to judge samples by.
+
+    Attributes:
+        real: Data that the model was not fitted to, prepared as its own.
+        train: What it was fitted to; None if that is not at hand.
+        labels: Classes of ``train``, if it has any.
+        about_real: What ``real`` is, in words.
+        about_train: What ``train`` is, or why there is none.
+    """
+
+    real: Tensor
+    train: Tensor | None
+    labels: Tensor | None
+    about_real: str
+    about_train: str
+
+
+def held_out(source: str, train: str | None, record: dict[str, Any]) -> HeldOut:
+    """What to judge the samples of a run by: ``source``, or what the fit held out where that is what was fitted.
+
+    Args:
+        source: Data that the model was not fitted to.
+        train: What it was fitted to; None for what the record names, where that is still there.
+        record: Of the run.
+    """
+    about = record["data"]
+    loaded: Loaded | None
+    loaded, said = _fitted_to(record) if train is None else (_load(train, "train"), train)
+    if source == about["source"] and not _is_split(source):
+        held, said_real = _held_out(source, record["run"]["seed"], test=False)[1], f"the rows of {source} that the fit held out"
+    else:
+        held, said_real = _load(source, "test"), source
+
+    def prepared(part: Loaded) -> Tensor:
+        found = _prepare(_arguments(part, about["given"]), about["prepared"])
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{source} holds several arrays; samples are judged one at a time: use pgen.evaluation.samples")
+        return found
+
+    real, fitted, labels = (
+        prepared(held),
+        None if loaded is None else prepared(loaded),
+        None if loaded is None else loaded.labels,
+    )
+    return HeldOut(real, fitted, labels, f"{said_real} ({len(real)})", said)
+
+
+def _is_split(source: str) -> bool:
+    return source.partition(":")[0] in SPLITS and not Path(source).exists()
+
+
+def _fitted_to(record: dict[str, Any]) -> tuple[Loaded | None, str]:
+    """The rows that a run was fitted to, drawn again from its source by its seed; or why they cannot be had."""
+    source = record["data"]["source"]
+    try:
+        loaded = _held_out(source, record["run"]["seed"], test=False)[0]
+    except (OSError, ValueError) as error:
+        return None, f"not at hand ({error}); name them with --train"
+    if len(cast(Tensor, loaded.data)) != record["data"]["train"]:
+        return None, f"{source} has changed since the fit; name the training data with --train"
+    return loaded, f"{source} ({record['data']['train']})"
+
+
+def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
+    """The log-density of data in plain numbers, or why there is none; ``text`` says it in words."""
+    try:
+        score = model.log_prob(x, **options)
+    except pgen.NotAvailable as reason:
+        return {"kind": None, "mean": None, "std_error": None, "bits_per_dim": None, "text": f"not available: {reason}"}
+    return {name: getattr(score, name) for name in ("kind", "mean", "std_error", "bits_per_dim")} | {"text": str(score)}
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------

@@ -149,6 +149,49 @@ def test_info_shows_the_record_and_refuses_a_damaged_model(folder, capsys, tmp_p
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A Gaussian fitted to a table, its data, and data of the same law."""
+    base = tmp_path_factory.mktemp("tables")
+    for seed, name in enumerate(("train.csv", "new.csv")):
+        rows = np.random.default_rng(seed).normal(size=(150, 3)) * [1.0, 2.0, 0.5]
+        np.savetxt(base / name, rows, delimiter=",", header="a,b,c", comments="")
+    assert cli.run(["fit", str(base / "train.csv"), "--model", "gaussian", "-q", "--out", str(base / "run")]) == 0
+    return base
+
+
+def test_evaluate_judges_samples_beside_the_likelihood(tables, capsys, tmp_path):
+    files = [str(tmp_path / name) for name in ("near.png", "table.md")]
+    run, new = str(tables / "run"), str(tables / "new.csv")
+    assert cli.run(["evaluate", run, new, "--json", "--png", files[0], "--markdown", files[1], "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"][0].startswith("No test tells samples from data") and found["files"] == files
+    assert found["measures"]["nearest in train"]["p_value"] > 0.01 and found["train"].endswith("train.csv (135)")
+    assert found["sizes"] == {"generated": 150, "real": 150, "train": 135} and found["log_prob"]["kind"] == "exact"
+    assert all(Path(file).stat().st_size > 500 for file in files)
+    assert "| accuracy, kernel | data |" in Path(files[1]).read_text(encoding="utf-8")
+
+
+def test_evaluate_on_the_fitted_file_takes_the_rows_that_were_held_out(tables, capsys):
+    assert cli.run(["evaluate", str(tables / "run"), str(tables / "train.csv"), "-q", "-n", "15"]) == 0
+    said = capsys.readouterr().out
+    assert "that the fit held out (15)" in said and "15 + 15" in said and "verdict: " in said
+
+
+def test_evaluate_says_what_is_missing(tables, capsys, folder, program):
+    moved = runs.read_record(tables / "run")
+    moved["data"]["source"] = "gone.csv"
+    held = runs.held_out(str(tables / "new.csv"), None, moved)
+    assert held.train is None and "not at hand" in held.about_train and "--train" in held.about_train
+    again = runs.held_out(str(tables / "new.csv"), str(tables / "train.csv"), moved)
+    assert again.train is not None and len(again.train) == 150
+    assert cli.run(["fit", "mean.py:model", "--data", "y.csv", "--steps", "5", "-q", "--out", "mean"]) == 0
+    assert cli.run(["evaluate", "mean", "y.csv"]) == 2
+    assert "is of a program of your own: give replicates" in capsys.readouterr().err
+    assert cli.run(["evaluate", str(tables / "run"), str(tables / "new.csv"), "--features", "classifier", "-q"]) == 2
+    assert "features='classifier' needs `labels`" in capsys.readouterr().err
+
+
 def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, monkeypatch):
     from pgen import diagnostics
 

@@ -284,7 +284,7 @@ def memorisation(
       training datum. If the model knows its training data no better than others, training and held-out data can be
       exchanged, and the share is :math:`n / (n + m)` on average: the p-value is that of a permutation of who was in training,
       one-sided, and holds for any sizes.
-    - *distance ratio*: the median distance to the nearest training datum over that to the nearest held-out one, at equal
+    - *distance ratio*: the mean distance to the nearest training datum over that to the nearest held-out one, at equal
       numbers of both, so that some training data stand for all. 1 for a model that generalises, near 0 for one that copies.
 
     Both need held-out data of the law of the training data: where these differ (other people, other years), every model is
@@ -335,17 +335,16 @@ def _votes(y: Tensor, pool: Tensor) -> Tensor:
 
 
 def _ratio(y: Tensor, x: Tensor, h: Tensor, resamples: int, seed: int) -> Finding:
-    """Of median distances, at equal numbers."""
+    """Of mean distances, at equal numbers."""
     most = min(len(x), len(h), MOST)
     y, x, h = some(y, MOST, key(seed, "ratio", 0)), some(x, most, key(seed, "ratio", 1)), some(h, most, key(seed, "ratio", 2))
     to_x, to_h = torch.cdist(y, x), torch.cdist(y, h)
-    nothing = 1e-7 * float(x.abs().max())
+    nothing = 1e-7 * float(x.abs().max())  # what is left of the distance between equal rows
 
     def statistic(i: Tensor, j: Tensor, l: Tensor) -> Tensor:
-        near, far = (to[i][:, rows].min(1).values.median() for to, rows in ((to_x, j), (to_h, l)))
-        if far <= nothing:
-            return far.new_ones(1) if near <= nothing else far.new_full((1,), math.inf)
-        return (near.where(near > nothing, 0.0) / far)[None]
+        nearest = (to[i][:, rows].min(1).values for to, rows in ((to_x, j), (to_h, l)))
+        near, far = (d.where(d > nothing, 0.0).mean() for d in nearest)
+        return torch.where(far > 0, near / far, torch.where(near > 0, math.inf, 1.0))[None]
 
     value, error, _ = half_samples(statistic, (len(y), len(x), len(h)), resamples=resamples, seed=seed)
     return Finding("distance ratio", float(value), float(error), (len(y), most), note="to train over to held-out")
