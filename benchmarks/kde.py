@@ -1,7 +1,8 @@
 """Kernel density estimates: exactness and speed beside scikit-learn, bandwidths on digits, and why samples are not judged so.
 
-    python benchmarks/kde.py --markdown docs/benchmarks/kde.md     # all; some minutes, most of them scikit-learn's
-    python benchmarks/kde.py --quick                               # small sizes, to see that it runs
+    python benchmarks/kde.py --markdown docs/benchmarks/kde.md     # all; half an hour, most of it scikit-learn's
+    python benchmarks/kde.py --parts narrow cost                   # some; others are kept (docs/benchmarks/kde.json)
+    python benchmarks/kde.py --quick                               # small sizes, to see that it runs; nothing is kept
 
 The truth is a log-sum-exp in float64 of differences, formed pair by pair.
 """
@@ -31,6 +32,7 @@ H = 0.5
 DIMS = (2, 8, 32, 64)
 PRECISIONS = ("float64", "float32")
 LINES: list[str] = []
+KEPT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "kde.json"
 
 
 def say(*lines):
@@ -129,17 +131,26 @@ def speed(sizes, queries, most_pairs):
 
 
 def narrow(size, queries):
-    """Two features at the bandwidth of a rule of thumb, where a tree can leave much out."""
+    """Two features at narrow bandwidths, where a tree can leave much out."""
     points, x = normal(size, 2, 0), normal(queries, 2, 1)
-    kde = fitted(points, "float64", bandwidth="silverman", covariance="spherical")
-    tree = Tree(bandwidth=float(kde.bandwidth)).fit(points.numpy())
-    theirs = clocked(lambda: tree.score_samples(x.numpy()))[0]
-    ours = clocked(lambda: kde.log_prob(x, progress=False), 2)[0]
     say(
-        f"At Silverman's bandwidth ({float(kde.bandwidth):.3f}), 2 features, {size} points, {queries} queries: scikit-learn "
-        f"{theirs:.1f} CPU seconds, ours {ours:.1f} in float64.",
+        "## Narrow bandwidths",
         "",
+        f"2 features, {size} points, {queries} queries, float64, CPU seconds. The first bandwidth is Silverman's. "
+        "scikit-learn's tree leaves out what it may: nothing by default, with `rtol` what changes a density by less than that "
+        "share of it. Ours has no tree: every pair is computed, to 1e-10 nats.",
+        "",
+        "| h | scikit-learn, default | rtol = 1e-6 | ours | default / ours | rtol = 1e-6 / ours |",
+        "|---:|---:|---:|---:|---:|---:|",
     )
+    rule = float(fitted(points, "float64", bandwidth="silverman", covariance="spherical").bandwidth)
+    for h in (rule, 0.05, 0.02):
+        kde = fitted(points, "float64", bandwidth=h)
+        trees = [Tree(bandwidth=h, rtol=rtol).fit(points.numpy()) for rtol in (0.0, 1e-6)]
+        theirs = [clocked(lambda tree=tree: tree.score_samples(x[: queries // 4].numpy()))[0] * 4 for tree in trees]
+        ours = clocked(lambda kde=kde: kde.log_prob(x, progress=False), 2)[0]
+        say(f"| {h:.3f} | {theirs[0]:.2f} | {theirs[1]:.2f} | {ours:.2f} | {theirs[0] / ours:.1f} | {theirs[1] / ours:.1f} |")
+    say("")
 
 
 def cost(sizes):
@@ -274,33 +285,56 @@ def parzen():
     say("")
 
 
-def main(quick, markdown):
-    """Every table."""
-    say("# Kernel density estimates", "")
-    say(
-        f"`python benchmarks/kde.py`, {datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), torch "
-        f"{torch.__version__}, scikit-learn {sklearn.__version__}, Python {platform.python_version()}, pgen "
-        f"{pgen.__version__}. Other jobs may share the cores: CPU seconds of both sides are compared, in one process.",
-        "",
-    )
-    accuracy(1000 if quick else 10_000, 20 if quick else 200)
-    speed((1000,) if quick else (10_000, 100_000), 100 if quick else 10_000, 10**5 if quick else 10**8)
-    narrow(2000 if quick else 100_000, 100 if quick else 2000)
-    cost((1000, 2000) if quick else (10_000, 100_000, 1_000_000))
-    if not quick:
-        digits()
-        parzen()
+PARTS = {
+    "accuracy": lambda quick: accuracy(1000 if quick else 10_000, 20 if quick else 200),
+    "speed": lambda quick: speed(
+        (1000,) if quick else (10_000, 100_000), 100 if quick else 10_000, 10**5 if quick else 2 * 10**7
+    ),
+    "narrow": lambda quick: narrow(2000 if quick else 100_000, 100 if quick else 2000),
+    "cost": lambda quick: cost((1000, 2000) if quick else (10_000, 100_000, 1_000_000)),
+    "digits": lambda quick: None if quick else digits(),
+    "parzen": lambda quick: None if quick else parzen(),
+}
+
+
+def main(quick, parts, markdown):
+    """Every table that is asked for; the page has those of before too."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() and not quick else {}
+    for name in parts:
+        LINES.clear()
+        PARTS[name](quick)
+        kept[name] = {"date": str(datetime.date.today()), "lines": list(LINES)}
+        if not quick:
+            KEPT.write_text(json.dumps(kept, indent=1))
     if markdown:
-        Path(markdown).write_text("\n".join(LINES).rstrip() + "\n", encoding="utf-8")
+        Path(markdown).write_text(page(kept), encoding="utf-8")
+
+
+def page(kept):
+    """All parts as a page."""
+    date = max(part["date"] for part in kept.values())
+    head = (
+        f"`python benchmarks/kde.py`, {date}, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
+        f"scikit-learn {sklearn.__version__}, Python {platform.python_version()}, pgen {pgen.__version__}. Other jobs shared "
+        "the cores: CPU seconds of both sides are compared, in one process; wall seconds say nothing."
+    )
+    lines = ["# Kernel density estimates", "", head, ""]
+    for name in PARTS:
+        lines += kept[name]["lines"] if name in kept else []
+    if missing := [name for name in PARTS if name not in kept]:
+        lines.append(f"Not run yet: {', '.join(missing)}.")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--markdown")
     parser.add_argument("--cost", nargs=3, metavar=("POINTS", "FEATURES", "PRECISION"))
     given = parser.parse_args()
+    torch.set_num_threads(1)
     if given.cost:
         one_cost(int(given.cost[0]), int(given.cost[1]), given.cost[2])
     else:
-        main(given.quick, given.markdown)
+        main(given.quick, given.parts, given.markdown)

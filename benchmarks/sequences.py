@@ -261,7 +261,7 @@ def ar2(budget):
         ),
     }
     for name, model in models.items():
-        minutes, _ = fitted(model, x, held, int(1500 * budget), 32, 500, early_stopping=0)
+        minutes, _ = fitted(model, x, held, int(3000 * budget), 32, 500, early_stopping=0)
         value = -model.log_prob(test, progress=False).value / T / LN2
         gap = value - truth
         error = float(gap.std() / math.sqrt(len(gap)))

@@ -167,6 +167,23 @@ def test_a_fit_starts_at_the_scale_of_the_data():
     assert run.history["loss"][0] == pytest.approx(entropy, abs=0.2)
 
 
+def test_splines_start_where_the_data_fill_their_interval():
+    """Values at all quantiles: uniform ones to 0.85 of the interval, long tails half drawn in; affine maps standardise."""
+    u = torch.linspace(-1, 1, 1001)[:, None]
+    x = torch.cat([u, (u * 4).sinh() + u / 10, 3 * u.sign() * u.abs() ** 30], 1)
+    for transform, expected in (("spline_coupling", [3.4, 3.4, None]), ("affine_coupling", [None] * 3)):
+        flow = Flow((3,), transform, hidden=(4,), transforms=1)
+        flow.fit(x, steps=1, optimizer=1e-9, progress=False)
+        z = flow.actnorm(x)[0].detach()
+        for column, end in enumerate(expected):
+            if end is not None:
+                assert float(z[1:-1, column].abs().max()) == pytest.approx(end, rel=0.02)
+    long = Flow((3,), hidden=(4,))
+    long.fit(x, steps=1, optimizer=1e-9, progress=False)
+    assert float(long.actnorm(x)[0].detach()[:, 2].std(correction=0)) == pytest.approx(0.5, rel=1e-3)
+    assert float(z[:, 0].std(correction=0)) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_data_beyond_the_box_of_a_spline_have_a_finite_density():
     flow = Flow((2,), hidden=(8,), tail_bound=3.0)
     flow.fit(seeded(lambda: torch.randn(100, 2)), steps=5, progress=False)

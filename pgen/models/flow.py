@@ -3,8 +3,9 @@ r"""Normalizing flows over vectors and small arrays: autoregressive, coupling, c
 .. math:: \log p(x \mid c) = \log p_Z(f(x; c)) + \log \left| \det \frac{\partial f(x; c)}{\partial x} \right|, \qquad
     f = f_T \circ \dots \circ f_1 \circ \mathrm{actnorm}
 
-The first map standardises: it starts at the mean and standard deviation of the training data. The base p_Z is a standard
-normal, or a mixture of Gaussians that starts at the clusters of the data, for data in islands.
+The first map centres and scales each number: it starts at the mean and standard deviation of the training data or, before
+splines, where all but a thousandth of the data fill their interval. The base p_Z is a standard normal, or a mixture of
+Gaussians that starts at the clusters of the data, for data in islands.
 
 Papamakarios et al. (2021), Normalizing flows for probabilistic modeling and inference, arXiv:1912.02762.
 """
@@ -36,8 +37,12 @@ LOOKED = 10_000
 """Most data that the start of a fit looks at."""
 ATOM = 0.1
 """Share of the data with one value from which a column is refused: it has no density there."""
+FILLED, OUTSIDE = 0.85, 0.001
+"""Share of a spline's interval that the data fill at the start, and the share of the data that may lie further out."""
+MOST_DRAWN_IN = 0.5
+"""Smallest scale, next to a standard deviation of 1, at which data with long tails start."""
 TOLERANCE = 1e-3
-"""Standard deviations of the data by which an inverse may be off before it is worth a warning."""
+"""Standard deviations of the data (about, before splines) by which an inverse may be off before it is worth a warning."""
 
 
 class Flow(GenerativeModel):
@@ -55,8 +60,8 @@ class Flow(GenerativeModel):
     ``continuous``               an ordinary differential equation: CNF, FFJORD, arXiv:1810.01367           1 integration
     ===========================  =========================================================================  ==============
 
-    The density takes one pass in all of them. A spline acts within ``tail_bound`` standard deviations of the data's mean and
-    is the identity beyond: data further out keep a finite density, with the tails of the base.
+    The density takes one pass in all of them. A spline acts within an interval that is laid out by the data and is the identity
+    beyond: data further out keep a finite density, with the tails of the base.
 
     Shapes: x ``(N, *event_shape)``, D numbers in row-major order; context ``(N, context_dim)``.
 
@@ -66,7 +71,9 @@ class Flow(GenerativeModel):
         transforms: How many maps. Default: 3; 1 if continuous.
         hidden: Hidden layers of each map's network.
         bins: Bins of a spline.
-        tail_bound: Half the length of a spline's interval, in standard deviations of the data.
+        tail_bound: Half the length of a spline's interval, in standard deviations of the base. Training starts where the largest
+            deviation but a thousandth of each number in the data lies at 0.85 of it: Gaussian data keep their scale, short
+            tails are stretched and long ones drawn in.
         base_components: 1 for a standard normal base; more for a mixture of so many diagonal Gaussians.
         permutation: Order of the numbers from map to map: ``"reverse"``, ``"random"``, or ``"lu"`` (random, and a trained
             linear map before each). Default: ``"reverse"`` for autoregressive maps, ``"lu"`` for couplings.
@@ -99,7 +106,7 @@ class Flow(GenerativeModel):
         transforms: int | None = None,
         hidden: Sequence[int] = (128, 128),
         bins: int = 8,
-        tail_bound: float = 5.0,
+        tail_bound: float = 4.0,
         base_components: int = 1,
         permutation: str | None = None,
         dropout: float = 0.0,
@@ -144,12 +151,15 @@ class Flow(GenerativeModel):
         return Adam(1e-3), replace(settings, schedule=schedule, clip_norm=settings.clip_norm or 5.0)
 
     def prime(self, data: Batch) -> None:
-        """Start at the mean, standard deviation and clusters of the data, and refuse columns that have no density."""
+        """Start at the mean, scale and clusters of the data, and refuse columns that have no density."""
         batch = self._prepared(data)[0]
         x = batch["x"].flatten(1)[:LOOKED]
         check_atoms(x)
         with torch.no_grad():
             standard = self.actnorm.start(x)
+            if self.transform.startswith("spline"):
+                self.actnorm.log_scale.sub_(_scale_to_fill(standard, FILLED * self.tail_bound).log())
+                standard = self.actnorm(x)[0]
             if self.base_components > 1:
                 _start_mixture(standard, self.base_loc, self.base_log_scale, self.base_logits)
             if self.context_dim:
@@ -217,6 +227,12 @@ def check_atoms(x: Tensor) -> None:
             f"data), and a density has no bound there: drop it, or use preprocess=Dequantize(levels) "
             f"({len(columns)} of {x.shape[1]} columns are such)"
         )
+
+
+def _scale_to_fill(x: Tensor, end: float) -> Tensor:
+    """By what to multiply standardised data, ``(D,)``, for all but a few to lie within ``end``."""
+    reach = x.abs().kthvalue(math.ceil((1 - OUTSIDE) * len(x)), 0).values
+    return (end / reach).clamp(min=MOST_DRAWN_IN)
 
 
 def _start_mixture(x: Tensor, loc: Tensor, log_scale: Tensor, logits: Tensor) -> None:
