@@ -71,8 +71,8 @@ class Flow(GenerativeModel):
         transforms: How many maps. Default: 3; 1 if continuous.
         hidden: Hidden layers of each map's network.
         bins: Bins of a spline.
-        tail_bound: Half the length of a spline's interval, in standard deviations of the base. Training starts where the largest
-            deviation but a thousandth of each number in the data lies at 0.85 of it: Gaussian data keep their scale, short
+        tail_bound: Half the length of a spline's interval, in standard deviations of the base. Training starts where all but a
+            thousandth of each number's deviations in the data lie within 0.85 of it: Gaussian data keep their scale, short
             tails are stretched and long ones drawn in.
         base_components: 1 for a standard normal base; more for a mixture of so many diagonal Gaussians.
         permutation: Order of the numbers from map to map: ``"reverse"``, ``"random"``, or ``"lu"`` (random, and a trained
