@@ -59,6 +59,7 @@ __all__ = [
     "run_model",
     "run_pair",
     "run_program",
+    "run_sites",
     "run_values",
     "vectorize",
 ]
@@ -459,9 +460,14 @@ def run_pair(
 
 def run_distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> dict[str, Any]:
     """Distributions of the model's sites at a draw of the guide. No value is scored, so it may lie outside its support."""
+    return {name: fn for name, (fn, _) in run_sites(model, guide, batch).items()}
+
+
+def run_sites(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> dict[str, tuple[Any, Any]]:
+    """Distribution and value of the model's sites at a draw of the guide, none of them scored."""
     guide_trace = _trace(guide, batch)
     with ReplayMessenger(trace=guide_trace), enumerating(guide_trace.nodes):
-        return {name: site["fn"] for name, site in _sites(_trace(model, batch))}
+        return {name: (site["fn"], site["value"]) for name, site in _sites(_trace(model, batch))}
 
 
 def measure_of(fn: Any) -> Measure:

@@ -210,6 +210,15 @@ CASES: dict[str, Case] = {
         diffusion(likelihood="categorical", num_classes=CLASSES, prediction="velocity"), _CLASSES
     ),
     "diffusion_unet": noisy(diffusion((2, 4), network="unet"), _IMAGES[:, 0]),
+    "flow_matching": exact(
+        lambda seed: models.FlowMatching((2,), width=8, blocks=1, seed=seed), _REALS[:, 0, :2], lacks=(*_NO_LATENTS, "draw")
+    ),
+    "flow_matching_context": exact(
+        lambda seed: models.FlowMatching((3,), width=8, blocks=1, context_dim=CONTEXT, seed=seed),
+        _REALS[:, 0],
+        _CONTEXT,
+        lacks=(*_NO_LATENTS, "draw"),
+    ),
     "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
     "kde": exact(lambda seed: models.KernelDensity(EVENT), _REALS),
     "kde_full": exact(lambda seed: models.KernelDensity(EVENT, covariance="full"), _REALS),

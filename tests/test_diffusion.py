@@ -9,7 +9,8 @@ from torch import nn
 
 import pgen
 from pgen.distributions.noising import SCHEDULES, NoiseSchedule, alpha_sigma
-from pgen.models import Diffusion
+from pgen.models import Diffusion, FlowMatching
+from pgen.samplers.diffusion import FLOWS, SOLVERS
 
 COVARIANCE = torch.tensor([[2.0, 0.8, 0.1], [0.8, 1.0, -0.3], [0.1, -0.3, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
@@ -128,6 +129,144 @@ def test_a_learned_schedule_evens_out_the_loss():
     assert plain.log_prob(x, num_samples=400).mean == pytest.approx(bound, abs=0.1)  # the bound itself knows only the ends
 
 
+# --- the probability-flow equation ---------------------------------------------------------------------------------------
+
+
+def test_the_density_by_the_equation_is_that_of_the_gaussian():
+    model, x = gaussian(), data(20)
+    score = model.log_prob(x, method="ode")
+    assert score.kind == "exact" and score.mc_error is None
+    torch.testing.assert_close(score.value, truth(x), atol=2e-3, rtol=0)  # the ends of the chain cost as much
+    noisy = model.log_prob(x, method="ode", divergence="hutchinson", num_samples=6, steps=50)
+    assert noisy.kind == "estimate" and noisy.num_samples == 6
+    assert float(((noisy.value - score.value) / noisy.mc_error).abs().max()) < 30  # of six draws
+
+
+def test_the_density_by_the_equation_of_levels_is_a_bound_of_their_mass():
+    model = Diffusion((2,), width=16, blocks=1, likelihood="categorical", num_classes=3)
+    x = seeded(lambda: torch.randint(0, 3, (60, 2))).float()
+    model.fit(x, steps=80, optimizer=0.02, compile="eager", progress=False)
+    states = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
+    score = model.log_prob(states, method="ode", num_samples=8, steps=30)
+    assert score.kind == "lower_bound" and score.measure == "mass"
+    total = float(score.value.exp().sum())
+    assert 0.85 < total < 1 + 3 * float(score.mc_error.max())
+
+
+def start(n=50):
+    return seeded(lambda: torch.randn(n, 3, dtype=torch.float64))
+
+
+def errors(solve, steps):
+    """Errors of a solver against the exact map of Gaussian noise to Gaussian data, at two numbers of steps."""
+    model, z = gaussian(), start()
+    low, high = alpha_sigma(torch.tensor([LOW, HIGH], dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(COVARIANCE)
+    spread = [(low[i] ** 2 * values + high[i] ** 2).sqrt() for i in (0, 1)]  # at the two ends
+    exact = (z @ vectors * spread[1] / spread[0]) @ vectors.T
+    times = [torch.linspace(LOW, HIGH, n + 1, dtype=torch.float64) for n in steps]
+    with torch.no_grad():
+        return [float((solve(lambda z, t: model.denoise(z, t.expand(len(z))), z, t) - exact).norm()) for t in times]
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("dpm", 2)])
+def test_solvers_have_their_order(name, order):
+    first, second = errors(SOLVERS[name], (80, 160))
+    assert math.log2(first / second) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_rules_for_velocities_have_their_order(name, order):
+    def solve(denoise, z, times):
+        return FLOWS[name](lambda z, t: alpha_sigma(t)[0] / 2 * (denoise(z, t) - alpha_sigma(t)[0] * z), z, times)
+
+    first, second = errors(solve, (10, 20) if name == "rk4" else (40, 80))
+    assert math.log2(first / second) == pytest.approx(order, abs=0.35)
+
+
+def test_ancestral_samples_have_the_moments_of_the_data():
+    drawn = gaussian().sample(4000, solver="ancestral", steps=400, seed=3)
+    torch.testing.assert_close(torch.cov(drawn.T), COVARIANCE, atol=0.2, rtol=0)
+    torch.testing.assert_close(drawn.mean(0), MEAN, atol=0.1, rtol=0)
+
+
+def test_infilling_draws_from_the_conditional():
+    x = MEAN.expand(1500, 3).clone()
+    x[:, 0] = 4.0
+    x[:, 2] = math.nan
+    drawn = gaussian().infill(x, steps=60, repeats=4)
+    assert torch.equal(drawn[:, :2], x[:, :2])
+    gain = torch.linalg.solve(COVARIANCE[:2, :2], COVARIANCE[:2, 2])
+    loc = MEAN[2] + gain @ (x[0, :2] - MEAN[:2])
+    spread = (COVARIANCE[2, 2] - gain @ COVARIANCE[:2, 2]).sqrt()
+    assert float(drawn[:, 2].mean()) == pytest.approx(float(loc), abs=0.08)
+    assert float(drawn[:, 2].std()) == pytest.approx(float(spread), abs=0.08)
+
+
+def test_guidance_of_one_is_the_model_itself():
+    case = CASES["diffusion_steps_context"]
+    model = case.model()
+    case.fit(model, steps=30, optimizer=0.02)
+    plain, one, two = (model.sample(4, case.context[:1], steps=4, **given) for given in ({}, {"guidance": 1}, {"guidance": 2}))
+    assert torch.equal(plain, one) and not torch.equal(plain, two)
+    free = model.sample(4, case.context[:1], steps=4, guidance=0)
+    assert torch.equal(free, model.sample(4, case.context[1:2], steps=4, guidance=0))  # the context counts for nothing
+
+
+# --- other objectives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "data"])
+def test_the_simple_loss_is_the_error_of_what_the_network_gives(prediction):
+    x, seen = data(6), {}
+
+    def network(z, level):
+        seen.update(z=z, level=level)
+        return 0.3 * z
+
+    module = nn.Module()
+    module.weight, module.forward = nn.Parameter(torch.zeros(1)), network
+    model = Diffusion((3,), module, log_snr=(LOW, HIGH), prediction=prediction).double()
+    with pgen.programs.keyed_rng(5):
+        value, _ = model.loss(pgen.objectives.Simple(), {"x": x}, {"num_data": 6.0})
+    alpha, sigma = alpha_sigma(HIGH - (HIGH - LOW) * seen["level"][:, None])
+    noise = (seen["z"] - alpha * x) / sigma
+    target = {"noise": noise, "velocity": alpha * noise - sigma * x, "data": x}[prediction]
+    torch.testing.assert_close(value, 0.5 * (0.3 * seen["z"] - target).square().sum(1).mean())
+
+
+def test_simple_asks_for_a_regression():
+    with pytest.raises(ValueError, match="needs a model with a site that is a regression: Diffusion or FlowMatching"):
+        CASES["vae_gaussian"].fit(CASES["vae_gaussian"].model(), objective=pgen.objectives.Simple())
+    with pytest.raises(ValueError, match="a learned schedule is trained by the bound"):
+        CASES["diffusion_learned"].fit(CASES["diffusion_learned"].model(), objective=pgen.objectives.Simple())
+
+
+class BestVelocity(nn.Module):
+    """The velocity of flow matching for standardised Gaussian data."""
+
+    def __init__(self, covariance):
+        super().__init__()
+        self.covariance = nn.Parameter(covariance)
+
+    def forward(self, z, t, context=None):
+        t = t[:, None, None]
+        noisy = (1 - t) ** 2 * self.covariance + t**2 * torch.eye(len(self.covariance)).to(z)
+        change = t * torch.eye(len(self.covariance)).to(z) - (1 - t) * self.covariance
+        return (change @ torch.linalg.solve(noisy, z.unsqueeze(-1))).squeeze(-1)
+
+
+def test_the_density_of_flow_matching_is_that_of_the_gaussian():
+    x = data(20)
+    model = FlowMatching((3,), BestVelocity(COVARIANCE)).double()
+    model.shift.copy_(MEAN)
+    score = model.log_prob(x, steps=60)
+    assert score.kind == "exact"
+    torch.testing.assert_close(score.value, truth(x), atol=1e-4, rtol=0)
+    drawn = model.sample(4000, solver="rk4", seed=1)
+    torch.testing.assert_close(torch.cov(drawn.T), COVARIANCE, atol=0.2, rtol=0)
+
+
 # --- the contract of a site whose density is estimated -------------------------------------------------------------------
 
 
@@ -184,9 +323,11 @@ def test_questions_are_checked():
     model = Diffusion((3,), width=8, blocks=1)
     with pytest.raises(ValueError, match="`solver`"):
         model.sample(2, solver="euler")
-    with pytest.raises(ValueError, match=r"`guidance` 2.0 needs a model with context_dim and context_dropout above 0"):
+    with pytest.raises(ValueError, match="`guidance` 2 needs a model with context_dim and context_dropout above 0"):
         model.sample(2, guidance=2)
     with pytest.raises(ValueError, match="`context`"):
         Diffusion((3,), width=8, blocks=1, context_dim=CONTEXT).sample(2)
+    with pytest.raises(TypeError, match="unknown option 'num_temps' of method='ode'"):
+        model.log_prob(torch.zeros(2, 3), method="ode", num_temps=3)
     with pytest.raises(ValueError, match="a network of your own cannot be saved whole"):
         gaussian().settings()

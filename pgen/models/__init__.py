@@ -7,6 +7,7 @@ from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
 from .diffusion import Diffusion
 from .flow import Flow
+from .flow_matching import FlowMatching
 from .gaussian import Gaussian
 from .glow import Glow
 from .hidden_markov import HiddenMarkov
@@ -30,6 +31,7 @@ __all__ = [
     "Diffusion",
     "FactorAnalysis",
     "Flow",
+    "FlowMatching",
     "Gaussian",
     "GaussianMixture",
     "GenerativeClassifier",

@@ -22,9 +22,9 @@ Variational diffusion models, arXiv:2107.00630.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pyro
@@ -32,14 +32,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..base import GenerativeModel
-from ..contracts import Batch, NotAvailable, Seed, check_choice, check_positive
+from ..contracts import Batch, NotAvailable, Score, Seed, check_choice, check_event_shape, check_positive
+from ..data.arrays import as_batch
 from ..data.transforms import Transform
-from ..denoisers import ResidualMLP, UNet
-from ..distributions.noising import SCHEDULES, Denoising, NoiseSchedule, Noising, alpha_sigma, wide
-from ..samplers.diffusion import SOLVERS
-from ..training.fit import Training
-from ..training.optim import Adam
+from ..distributions.noising import Denoising, NoiseSchedule, Noising, alpha_sigma, wide
+from ..samplers.diffusion import SOLVERS, Field, infill
+from .denoising import DenoisingModel
 
 __all__ = ["Diffusion"]
 
@@ -62,7 +60,7 @@ class _Sampling:
         check_positive("steps", self.steps, allow_none=True)
 
 
-class Diffusion(GenerativeModel):
+class Diffusion(DenoisingModel):
     r"""Diffusion model in continuous or discrete time.
 
     Inside, x is centred and scaled: each number by its own standard deviation in a vector, all by one in an array. Levels
@@ -106,8 +104,6 @@ class Diffusion(GenerativeModel):
     """
 
     family = "diffusion"
-    shift: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -128,66 +124,33 @@ class Diffusion(GenerativeModel):
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         self.classes = _classes(likelihood, num_classes)
         prediction = prediction or ("classes" if 0 < self.classes <= MOST_CLASSES else "velocity")
         check_choice("prediction", prediction, PREDICTIONS)
-        check_choice("schedule", schedule, SCHEDULES)
+        check_positive("num_steps", num_steps, allow_none=True)
         if prediction == "classes" and not self.classes:
             raise ValueError("prediction='classes' goes with likelihood='categorical' or 'bernoulli', got 'gaussian'")
-        for name, number in (("width", width), ("num_steps", num_steps)):
-            check_positive(name, number, allow_none=True)
-        for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):
-            if not 0 <= share < 1:
-                raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
-        self.width, self.blocks, self.prediction, self.likelihood, self.num_classes = (
-            width, blocks, prediction, likelihood, num_classes,
+        super().__init__(
+            event_shape, network, width=width, blocks=blocks, outputs=self.classes if prediction == "classes" else 1,
+            dropout=dropout, context_dim=context_dim, context_dropout=context_dropout, preprocess=preprocess, seed=seed,
         )  # fmt: skip
+        self.prediction, self.likelihood, self.num_classes = prediction, likelihood, num_classes
         self.schedule_name, self.log_snr, self.num_steps = schedule, log_snr, num_steps
-        self.dropout, self.context_dropout = float(dropout), float(context_dropout)
-        self.network_name = network if isinstance(network, str) else ""
-        outputs = self.classes if prediction == "classes" else 1
-        with self.initial_weights(seed):
-            self.network = network if isinstance(network, nn.Module) else self._network(network, outputs)
         self.schedule = NoiseSchedule(schedule, log_snr or (-10.0, 13.3))
-        self.register_buffer("shift", torch.zeros(math.prod(self.event_shape)))
-        self.register_buffer("scale", torch.ones(math.prod(self.event_shape)))
         self._sampling = _Sampling()
-
-    def _network(self, name: str, outputs: int) -> nn.Module:
-        check_choice("network", name, ("mlp", "unet"))
-        told = self.context_dim + 1 if self.context_dim else 0
-        if name == "unet":
-            return UNet(self.event_shape, self.width or 32, outputs=outputs, context_dim=told, dropout=self.dropout)
-        return ResidualMLP(
-            self.event_shape, self.width or 256, self.blocks, outputs=outputs, context_dim=told, dropout=self.dropout
-        )
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        if not self.network_name:
-            raise ValueError("a Diffusion with a network of your own cannot be saved whole; save network.state_dict() yourself")
-        names = (
-            "width", "blocks", "prediction", "likelihood", "num_classes", "num_steps", "dropout", "context_dim",
-            "context_dropout",
-        )  # fmt: skip
-        plain = {name: getattr(self, name) for name in names}
+        plain = {name: getattr(self, name) for name in ("prediction", "likelihood", "num_classes", "num_steps")}
         ends = None if self.log_snr is None else list(self.log_snr)
-        shape = list(self.event_shape)
-        return {"event_shape": shape, "network": self.network_name, "schedule": self.schedule_name, "log_snr": ends, **plain}
-
-    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        schedule = settings.schedule or (None if settings.stop == "converged" else "warmup_cosine")
-        return Adam(1e-3), replace(settings, schedule=schedule, clip_norm=settings.clip_norm or 1.0)
+        return {**super().settings(), "schedule": self.schedule_name, "log_snr": ends, **plain}
 
     def prime(self, data: Batch) -> None:
-        """Take the centre and the scale of the data, and for levels the signal that tells them apart."""
-        x = self._prepared(data)[0]["x"].flatten(1)
+        """Take the centre and the scale of the data, for levels one scale, and the signal that tells them apart."""
+        super().prime(data)
         with torch.no_grad():
-            self.shift.copy_(x.mean(0))
-            apart = not self.classes and len(self.event_shape) == 1
-            spread = x.std(0, correction=0) if apart else (x - self.shift).square().mean().sqrt().expand_as(self.scale)
-            self.scale.copy_(torch.where(spread > 1e-6 * x.abs().amax(), spread, torch.ones_like(spread)))
+            if self.classes:
+                self.scale.copy_(self.scale.square().mean().sqrt().expand_as(self.scale))
             if self.classes and self.log_snr is None:  # neighbours are ten standard deviations apart at the end
                 self.schedule.ends[1] = 2 * math.log(10 * float(self.scale[0]))
 
@@ -221,7 +184,7 @@ class Diffusion(GenerativeModel):
         """
         low, high = self.schedule.ends.detach()
         level = (high - log_snr) / (high - low)
-        out = self.network(z, level) if context is None else self.network(z, level, context)
+        out = self._run(z, level, context)
         alpha, sigma = (wide(part, z) for part in alpha_sigma(log_snr))
         if self.prediction == "velocity":
             return alpha * z - sigma * out
@@ -259,18 +222,6 @@ class Diffusion(GenerativeModel):
             return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0]).to_event(len(self.event_shape))
         return dist.Categorical(logits=logits).to_event(len(self.event_shape))
 
-    def _standard(self, x: Tensor) -> Tensor:
-        return ((x.flatten(1) - self.shift) / self.scale).reshape(x.shape)
-
-    def _told(self, context: Tensor | None, given: bool = True) -> Tensor | None:
-        """The context and whether it is given; in training some are hidden."""
-        if context is None:
-            return None
-        seen = context.new_full((len(context), 1), float(given))
-        if self.training and self.context_dropout:
-            seen = (torch.rand_like(seen) >= self.context_dropout).to(seen.dtype)
-        return torch.cat([context * seen, seen], -1)
-
     # -- samples --------------------------------------------------------------------------------------------------------
 
     def sample(
@@ -301,13 +252,11 @@ class Diffusion(GenerativeModel):
         Returns:
             Shape ``(n, *event_shape)``, in the units of the data.
         """
-        with self._drawing(_Sampling(solver, steps, float(guidance))):
+        with self._drawing(_Sampling(solver, steps, self._check_guidance(guidance))):
             return super().sample(n, context, seed=seed, compile=compile, progress=progress)
 
     @contextmanager
     def _drawing(self, sampling: _Sampling) -> Iterator[None]:
-        if sampling.guidance != 1 and not (self.context_dim and self.context_dropout):
-            raise ValueError(f"`guidance` {sampling.guidance} needs a model with context_dim and context_dropout above 0")
         before, self._sampling = self._sampling, sampling
         try:
             yield
@@ -317,21 +266,8 @@ class Diffusion(GenerativeModel):
     def _draw(self, rows: int, context: Tensor | None) -> Tensor:
         """z_0 of ``rows`` data."""
         z = torch.randn(rows, *self.event_shape, device=self.scale.device, dtype=self.scale.dtype)
-        return SOLVERS[self._sampling.solver](self._guided(context), z, self._levels(self._sampling))
-
-    def _guided(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """The estimate of x as solvers ask for it, with guidance."""
-        told, w = self._told(context), self._sampling.guidance
-
-        def estimate(z: Tensor, log_snr: Tensor) -> Tensor:
-            at = log_snr.expand(len(z))
-            x = self.denoise(z, at, told)
-            if w == 1:
-                return x
-            free = self.denoise(z, at, self._told(context, given=False))
-            return free + w * (x - free)
-
-        return estimate
+        estimate = self._guided(self.denoise, context, self._sampling.guidance)
+        return SOLVERS[self._sampling.solver](estimate, z, self._levels(self._sampling))
 
     def _levels(self, sampling: _Sampling) -> Tensor:
         """Rising log-SNRs at which a solver stops: evenly spaced, or the times of the chain itself."""
@@ -341,18 +277,138 @@ class Diffusion(GenerativeModel):
         steps = sampling.steps or self.num_steps or 1000
         return self.schedule(torch.linspace(1, 0, steps + 1).to(low))[0]
 
-    # -- what is not offered --------------------------------------------------------------------------------------------
+    def infill(
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        steps: int = 100,
+        repeats: int = 5,
+        guidance: float = 1.0,
+        seed: Seed = 0,
+        progress: bool = True,
+    ) -> Tensor:
+        """Draw the missing numbers of data, approximately from p(missing | observed).
 
-    def draw(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: the chain is seen at one time, and such draws have no weights."""
-        raise self._without_latents("draw")
+        Ancestral steps in which the observed numbers are replaced by noised data, each step taken ``repeats`` times, so that
+        what is drawn comes to agree with what is given. More repeats and more steps are better; it is not exact for any number.
 
-    posterior = encode = reconstruct = likelihood_regret = bdmc = draw
+        Args:
+            x: Data ``(N, *event_shape)``, NaN where a number is missing.
+            context: One for each, or one for all.
+            steps: Of the chain.
+            repeats: Times that a step is taken.
+            guidance: As in ``sample``.
+            seed: Keys the draws.
+            progress: Whether to show a bar on what takes more than two seconds.
 
-    def _without_latents(self, question: str) -> NotAvailable:
-        return NotAvailable(
-            f"Diffusion has no latents but its chain of noise, so there is no {question}; ask for log_prob(x), or a VAE"
-        )
+        Returns:
+            One draw for each datum, ``(N, *event_shape)``; observed numbers are as given.
+
+        References:
+            Lugmayr et al. (2022), RePaint, arXiv:2201.09865, algorithm 1.
+        """
+        for name, number in (("steps", steps), ("repeats", repeats)):
+            check_positive(name, number)
+        given = torch.as_tensor(as_batch(x, name="x"))
+        check_event_shape("x", given, self.event_shape)
+        observed = ~torch.isnan(given)
+        if self.preprocess is not None and self.preprocess.kind == "lower_bound":
+            raise NotAvailable("infill of dequantised data has no levels to keep; use likelihood='categorical'")
+        filled = torch.where(observed, given, torch.zeros_like(given))
+        batch = self._batch("x", filled, context)
+        self._check_support(batch)
+        batch["observed"] = observed.to(self.scale.device)
+        sampling = _Sampling("ancestral", int(steps), self._check_guidance(guidance))
+
+        def drawn(rows: Any) -> Tensor:
+            estimate = self._guided(self.denoise, rows.get("context"), sampling.guidance)
+            start = torch.randn_like(rows["x"])
+            known = self._standard(rows["x"])
+            z = infill(estimate, start, self._levels(sampling), known, rows["observed"], int(repeats))
+            return self.end(z.flatten(1)).sample().to(start)
+
+        found = self._rows(drawn, "infill", batch, seed, progress)
+        found = found if self.preprocess is None else self.preprocess.inverse(found)
+        return torch.where(observed.to(found.device), batch["x"].to(found), found)
+
+    # -- densities ------------------------------------------------------------------------------------------------------
+
+    def log_prob(
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        method: str = "bound",
+        num_samples: int | None = None,
+        seed: Seed = 0,
+        batch_size: int | None = None,
+        compile: str = "auto",
+        progress: bool = True,
+        **options: Any,
+    ) -> Score:
+        r"""Log-density (or mass) of each datum in nats: the bound of the chain, or that of the probability-flow equation.
+
+        ``"bound"`` is a lower bound of what ``ancestral`` samples are drawn from. ``"ode"`` is what the other solvers draw
+        from, in the limit of many steps: the equation is solved from x to noise, and the divergence of its velocity integrated
+        along the way. Of real x that is the density itself; of levels
+        :math:`\log p(z_0) + \log p(x \mid z_0) - \log q(z_0 \mid x)` with z_0 drawn from q, a lower bound of their mass.
+
+        Args:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Context of each datum.
+            method: ``"bound"`` or ``"ode"``.
+            num_samples: Of the bound, times for each datum, by default 100; of the equation, draws of z_0 or of Hutchinson's
+                vectors, by default 10 where there are any.
+            seed: Keys the draws.
+            batch_size: Rows that are evaluated at a time; results of the bound do not depend on it.
+            compile: The tier; ``"auto"`` goes by the amount of work.
+            progress: Whether to show a bar on what takes more than two seconds.
+            **options: Of ``"ode"``: ``steps`` of the fourth-order Runge-Kutta rule (default 100), ``divergence="exact"`` or
+                ``"hutchinson"`` (default exact up to 16 numbers).
+
+        Returns:
+            A Score of kind ``lower_bound``; for real x by the equation ``exact``, or ``estimate`` with Hutchinson's vectors.
+
+        References:
+            Song et al. (2021), arXiv:2011.13456, equation 39.
+        """
+        check_positive("num_samples", num_samples, allow_none=True)
+        if method == "ode":
+            return self._ode_score(
+                x, context, self._entered, self._flow, self._backwards, drawn=bool(self.classes), num_samples=num_samples,
+                batch_size=batch_size, seed=seed, compile=compile, progress=progress, options=options,
+            )  # fmt: skip
+        check_choice("method", "importance" if method == "bound" else method, ("importance", "ais", "ode"))
+        return super().log_prob(
+            x, context, method="importance" if method == "bound" else method, num_samples=num_samples or 100, seed=seed,
+            batch_size=batch_size, compile=compile, progress=progress, **options,
+        )  # fmt: skip
+
+    def _entered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z_0 of x, and what the step from x to there adds to the log-density."""
+        alpha, sigma = alpha_sigma(self.schedule.ends[1])
+        clean = alpha * self._standard(x)
+        if not self.classes:
+            return clean, (alpha / self.scale).log().sum().expand(len(x))
+        noise = torch.randn_like(clean)
+        z = clean + sigma * noise
+        drawn = dist.Normal(torch.zeros_like(noise), 1.0).log_prob(noise) - sigma.log()
+        return z, self.end(z.flatten(1)).log_prob(x) - drawn.flatten(1).sum(-1)
+
+    def _flow(self, context: Tensor | None) -> Field:
+        """The velocity of the probability-flow equation in the log-SNR."""
+        estimate = self._guided(self.denoise, context, 1.0)
+
+        def field(z: Tensor, log_snr: Tensor) -> Tensor:
+            alpha, _ = alpha_sigma(log_snr)
+            return 0.5 * alpha * (estimate(z, log_snr) - alpha * z)
+
+        return field
+
+    def _backwards(self, steps: int) -> Tensor:
+        low, high = self.schedule.ends
+        return high + (low - high) * torch.linspace(0, 1, steps + 1).to(low)
 
 
 def _classes(likelihood: str, num_classes: int | None) -> int:

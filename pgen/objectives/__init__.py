@@ -8,6 +8,7 @@ from .contrastive import ContrastiveDivergence, PersistentContrastiveDivergence
 from .elbo import ELBO, Objective
 from .multisample import IWAE, VIMCO, DReG, Renyi
 from .schedules import Cyclical, Linear, Schedule
+from .simple import Simple
 
 __all__ = [
     "ELBO",
@@ -22,4 +23,5 @@ __all__ = [
     "PersistentContrastiveDivergence",
     "Renyi",
     "Schedule",
+    "Simple",
 ]

@@ -20,7 +20,23 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["SOLVERS", "Denoise", "Field", "Solver", "ancestral", "ddim", "divergence", "dpm", "heun", "infill", "runge_kutta"]
+__all__ = [
+    "FLOWS",
+    "SOLVERS",
+    "Denoise",
+    "Field",
+    "Solver",
+    "ancestral",
+    "ddim",
+    "divergence",
+    "dpm",
+    "euler",
+    "heun",
+    "infill",
+    "midpoint",
+    "rk4",
+    "runge_kutta",
+]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Estimates x from z ``(N, *event_shape)`` at a log signal-to-noise ratio ``()``."""
@@ -143,6 +159,30 @@ def infill(denoise: Denoise, z: Tensor, log_snr: Tensor, x: Tensor, observed: Te
     return z
 
 
+def euler(field: Field, z: Tensor, times: Tensor) -> Tensor:
+    """First order, one evaluation a step."""
+    for before, after in _pairs(times):
+        z = z + (after - before) * field(z, before)
+    return z
+
+
+def midpoint(field: Field, z: Tensor, times: Tensor) -> Tensor:
+    """Second order, two evaluations a step."""
+    for before, after in _pairs(times):
+        h = after - before
+        z = z + h * field(z + 0.5 * h * field(z, before), before + 0.5 * h)
+    return z
+
+
+def rk4(field: Field, z: Tensor, times: Tensor) -> Tensor:
+    """Fourth order, four evaluations a step."""
+    return runge_kutta(field, z, times)[0]
+
+
+FLOWS: dict[str, Callable[[Field, Tensor, Tensor], Tensor]] = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
+"""Rules for a velocity, ``(field, z, times) -> z`` at the last of the times, by name."""
+
+
 def runge_kutta(field: Field, z: Tensor, times: Tensor, probe: Tensor | str | None = None) -> tuple[Tensor, Tensor]:
     r"""Fourth-order Runge-Kutta: z at the last time, and the integral of the divergence of the field along the way.
 
@@ -185,13 +225,13 @@ def divergence(field: Field, z: Tensor, t: Tensor, probe: Tensor | str) -> tuple
         Grathwohl et al. (2019), FFJORD, arXiv:1810.01367, equation 7.
     """
 
-    def along(v: Tensor) -> tuple[Tensor, Tensor]:
-        value, change = cast(tuple[Tensor, Tensor], torch.func.jvp(lambda z: field(z, t), (z,), (v,)))
-        return value, (v * change).flatten(1).sum(-1)
+    value, pull, *_ = torch.func.vjp(lambda z: field(z, t), z)
+
+    def along(v: Tensor) -> Tensor:
+        return cast(Tensor, (v * pull(v)[0]).flatten(1).sum(-1))
 
     if isinstance(probe, Tensor):
-        return along(probe)
+        return value, along(probe)
     size = z[0].numel()
     axes = torch.eye(size, device=z.device, dtype=z.dtype).reshape(size, 1, *z.shape[1:]).expand(-1, *z.shape)
-    changes = torch.func.vmap(lambda v: along(v)[1])(axes)
-    return field(z, t), changes.sum(0)
+    return value, torch.func.vmap(along)(axes).sum(0)

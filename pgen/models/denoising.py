@@ -1,0 +1,225 @@
+r"""What diffusion models and flow matching share: a network that sees noisy data, and how much of it is noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base import GenerativeModel, _evaluating
+from ..contracts import Batch, Kind, NotAvailable, Score, Seed, check_choice, check_positive
+from ..data.batches import key
+from ..data.transforms import Transform
+from ..denoisers import ResidualMLP, UNet
+from ..evaluation.posterior import by_rows
+from ..programs import isolated, keyed_rng
+from ..samplers.diffusion import Field, runge_kutta
+from ..training.fit import Training
+from ..training.optim import Adam
+
+__all__ = ["DenoisingModel"]
+
+EXACT_UP_TO = 16
+"""Numbers of a datum up to which a divergence is taken exactly, unless told otherwise."""
+ODE_ROWS = 4096
+"""Most data whose equation is solved at a time, less where the divergence is exact."""
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """How the density is integrated.
+
+    Args:
+        steps: Of the fourth-order Runge-Kutta rule.
+        divergence: ``"exact"``, ``"hutchinson"``, or None to choose by the size of a datum.
+    """
+
+    steps: int = 100
+    divergence: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("steps", self.steps)
+        check_choice("divergence", self.divergence or "exact", ("exact", "hutchinson"))
+
+    def exact(self, size: int) -> bool:
+        """Whether the divergence is taken exactly."""
+        return self.divergence == "exact" or (self.divergence is None and size <= EXACT_UP_TO)
+
+
+class DenoisingModel(GenerativeModel):
+    """A model with a network ``(z, level, context)``; data are centred and scaled, and some contexts hidden in training.
+
+    Args:
+        event_shape: Shape of one datum.
+        network: ``"mlp"``, ``"unet"``, or a module.
+        width: Hidden units, or channels.
+        blocks: Residual blocks of the dense network.
+        outputs: Numbers that the network gives for each of x.
+        dropout: Of hidden units, in training.
+        context_dim: Size of the context; 0 for none.
+        context_dropout: Share of the data of a step whose context is hidden.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    network: nn.Module
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        network: str | nn.Module,
+        *,
+        width: int | None,
+        blocks: int,
+        outputs: int,
+        dropout: float,
+        context_dim: int,
+        context_dropout: float,
+        preprocess: Transform | None,
+        seed: Seed,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        check_positive("width", width, allow_none=True)
+        check_positive("blocks", blocks)
+        for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):
+            if not 0 <= share < 1:
+                raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
+        self.width, self.blocks, self.dropout, self.context_dropout = width, blocks, float(dropout), float(context_dropout)
+        self.network_name = network if isinstance(network, str) else ""
+        with self.initial_weights(seed):
+            self.network = network if isinstance(network, nn.Module) else self._made(network, outputs)
+        self.register_buffer("shift", torch.zeros(math.prod(self.event_shape)))
+        self.register_buffer("scale", torch.ones(math.prod(self.event_shape)))
+
+    def _made(self, name: str, outputs: int) -> nn.Module:
+        check_choice("network", name, ("mlp", "unet"))
+        told = self.context_dim + 1 if self.context_dim else 0
+        if name == "unet":
+            return UNet(self.event_shape, self.width or 32, outputs=outputs, context_dim=told, dropout=self.dropout)
+        return ResidualMLP(
+            self.event_shape, self.width or 256, self.blocks, outputs=outputs, context_dim=told, dropout=self.dropout
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        if not self.network_name:
+            raise ValueError(
+                f"a {type(self).__name__} with a network of your own cannot be saved whole; save network.state_dict() yourself"
+            )
+        names = ("width", "blocks", "dropout", "context_dim", "context_dropout")
+        plain = {name: getattr(self, name) for name in names}
+        return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        schedule = settings.schedule or (None if settings.stop == "converged" else "warmup_cosine")
+        return Adam(1e-3), replace(settings, schedule=schedule, clip_norm=settings.clip_norm or 1.0)
+
+    def prime(self, data: Batch) -> None:
+        """Take the centre and the scale of the data: of each number of a vector, of all numbers of an array together."""
+        x = self._prepared(data)[0]["x"].flatten(1)
+        with torch.no_grad():
+            self.shift.copy_(x.mean(0))
+            apart = len(self.event_shape) == 1
+            spread = x.std(0, correction=0) if apart else (x - self.shift).square().mean().sqrt().expand_as(self.scale)
+            self.scale.copy_(torch.where(spread > 1e-6 * x.abs().amax(), spread, torch.ones_like(spread)))
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return ((x.flatten(1) - self.shift) / self.scale).reshape(x.shape)
+
+    def _told(self, context: Tensor | None, given: bool = True) -> Tensor | None:
+        """The context and whether it is given; in training some are hidden."""
+        if context is None:
+            return None
+        seen = context.new_full((len(context), 1), float(given))
+        if self.training and self.context_dropout:
+            seen = (torch.rand_like(seen) >= self.context_dropout).to(seen.dtype)
+        return torch.cat([context * seen, seen], -1)
+
+    def _run(self, z: Tensor, level: Tensor, told: Tensor | None) -> Tensor:
+        return self.network(z, level) if told is None else self.network(z, level, told)
+
+    def _check_guidance(self, guidance: float) -> float:
+        if guidance != 1 and not (self.context_dim and self.context_dropout):
+            raise ValueError(f"`guidance` {guidance} needs a model with context_dim and context_dropout above 0")
+        return float(guidance)
+
+    def _guided(
+        self, estimate: Callable[[Tensor, Tensor, Tensor | None], Tensor], context: Tensor | None, guidance: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a solver asks for, a function of z and one time, from one of z, times and what the network is told."""
+        told, free = self._told(context), self._told(context, given=False)
+
+        def guided(z: Tensor, t: Tensor) -> Tensor:
+            at = t.expand(len(z))
+            with_context = estimate(z, at, told)
+            if guidance == 1:
+                return with_context
+            without = estimate(z, at, free)
+            return without + guidance * (with_context - without)
+
+        return guided
+
+    def _ode_score(
+        self,
+        x: Any,
+        context: Any,
+        start: Callable[[Tensor], tuple[Tensor, Tensor]],
+        field: Callable[[Tensor | None], Field],
+        times: Callable[[int], Tensor],
+        *,
+        drawn: bool,
+        num_samples: int | None,
+        batch_size: int | None,
+        seed: Seed,
+        compile: str,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Score:
+        """Densities by the equation whose velocity is ``field`` of the context, solved from data to noise.
+
+        ``start`` gives from x where to begin, and what that adds to the log-density; ``drawn`` says whether it draws.
+        """
+        batch, size = self._batch("x", x, context), math.prod(self.event_shape)
+        self._check_support(batch)
+        known = [name for name in options if name not in ("steps", "divergence")]
+        if known:
+            raise TypeError(f"unknown option {known[0]!r} of method='ode' (known: steps, divergence)")
+        equation = _Equation(**options)
+        exact = equation.exact(size)
+        count = 1 if exact and not drawn else num_samples or 10
+
+        def solved(rows: Any) -> Tensor:
+            z, gained = start(rows["x"])
+            probe: Tensor | str = "exact" if exact else torch.randn_like(z).sign()
+            end, spread = runge_kutta(field(rows.get("context")), z, times(equation.steps), probe)
+            noise = -0.5 * (end.flatten(1).square().sum(-1) + size * math.log(2 * math.pi))
+            return (gained + noise + spread).double()
+
+        check_positive("batch_size", batch_size, allow_none=True)
+        asked, most = self._asked(seed, compile, progress), batch_size or max(64, ODE_ROWS // (size if exact else 1))
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            with keyed_rng(key(asked["seed"], "log_prob"), self.scale.device):
+                prepared, change = self._prepared(batch)
+            values = torch.stack([by_rows(solved, prepared, most, name=f"ode {i}", **asked) for i in range(count)])
+        error = None if count == 1 else values.std(0) / math.sqrt(count)
+        bound = drawn or (self.preprocess is not None and self.preprocess.kind == "lower_bound")
+        kind: Kind = "lower_bound" if bound else "exact" if exact else "estimate"
+        value = values.mean(0) + (0.0 if change is None else change.double())
+        return Score(value, kind, self._event_size(batch), error, None if count == 1 else count, self._measure(batch))
+
+    def draw(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: there are no latents, or draws of them have no weights."""
+        raise self._without_latents("draw")
+
+    posterior = encode = reconstruct = likelihood_regret = bdmc = draw
+
+    def _without_latents(self, question: str) -> NotAvailable:
+        return NotAvailable(
+            f"{type(self).__name__} has no latents but noise, so there is no {question}; ask for log_prob(x), or a VAE"
+        )
