@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -419,8 +420,10 @@ class _Questions(nn.Module):
         trained = [p for name in games if name for p in self.trainable(name)] or list(self.parameters())
         frozen = [p for p in self.parameters() if not p.requires_grad]
         owned = {id(p) for p in (*trained, *frozen, *state.parameters())}
-        for leaf in (leaf for loss in losses for leaf in _leaves(loss)):
-            if id(leaf) not in owned:
+        strays = [weakref.ref(leaf) for loss in losses for leaf in _leaves(loss) if id(leaf) not in owned]
+        del losses  # and with them what a loss made for itself: data that it takes gradients along
+        for leaf in (stray() for stray in strays):
+            if leaf is not None:
                 raise ValueError(
                     f"the programs use a parameter of shape {tuple(leaf.shape)} that "
                     + (

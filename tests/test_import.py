@@ -18,6 +18,7 @@ ROWS = [
     {"programs"},
     {"data"},
     {"nn", "denoisers"},
+    {"adversaries"},
     {"distributions"},
     {"guides"},
     {"samplers"},

@@ -8,6 +8,7 @@ from .classifier import GenerativeClassifier
 from .diffusion import Diffusion
 from .flow import Flow
 from .flow_matching import FlowMatching
+from .gan import GAN
 from .gaussian import Gaussian
 from .glow import Glow
 from .hidden_markov import HiddenMarkov
@@ -22,6 +23,7 @@ from .vae import VAE
 from .wavenet import WaveNet
 
 __all__ = [
+    "GAN",
     "MADE",
     "RBM",
     "REGISTRY",

@@ -3,6 +3,7 @@
 None calls ``.item()``: a whole training step can be captured into one graph.
 """
 
+from .adversarial import Adversarial
 from .baselines import DecayingAverage
 from .contrastive import ContrastiveDivergence, PersistentContrastiveDivergence
 from .elbo import ELBO, Objective
@@ -14,6 +15,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "VIMCO",
+    "Adversarial",
     "ContrastiveDivergence",
     "Cyclical",
     "DReG",

@@ -1,0 +1,315 @@
+r"""Generative adversarial network: draws without a density, taught by a critic.
+
+.. math:: z \sim \mathcal{N}(0, I), \qquad x = G(z, c), \qquad \min_G \max_T \; \mathbb{E}\, g_1(T(x, c)) + \mathbb{E}\, g_2(T(G(z, c), c))
+
+The model is the program that draws x; the guide is the critic T, the variational function of the divergence that the game
+minimises. There is no log p(x): G's images fill a set of measure zero wherever z has fewer numbers than x.
+
+Goodfellow et al. (2014), Generative adversarial nets, arXiv:1406.2661; Nowozin, Cseke and Tomioka (2016), f-GAN,
+arXiv:1606.00709; Lin et al. (2018), PacGAN, arXiv:1712.04086.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..adversaries import ARCHITECTURES, OUTPUTS, Critic, Generator, spectral_norm
+from ..base import GenerativeModel, _evaluating
+from ..contracts import Batch, NotAvailable, Score, Seed, check_choice, check_positive
+from ..data.transforms import Standardize, Transform
+from ..evaluation.annealing import AIS, anneal
+from ..objectives.adversarial import Adversarial
+from ..programs import isolated
+from ..training.fit import Training
+from ..training.optim import Adam
+
+__all__ = ["GAN"]
+
+
+class GAN(GenerativeModel):
+    r"""Generator and critic, trained against each other.
+
+    ``fit(x)`` plays `pgen.objectives.Adversarial`, non-saturating with R1 unless told otherwise: two optimizers, one captured
+    step. The model then holds the moving average of the parameters.
+
+    Shapes: x ``(N, *event_shape)``, context ``(N, context_dim)``, z ``(N, latent_dim)``.
+
+    Args:
+        event_shape: Shape of one datum.
+        latent_dim: Size of z.
+        hidden: Of dense networks the sizes of the hidden layers; of images the number of channels at the full size, which
+            doubles at each halving, or the channels at each size from the smallest on. None for the architecture's own.
+        architecture: ``"dense"``, ``"dcgan"`` or ``"residual"`` (images ``(H, W)`` or ``(C, H, W)``).
+        output: What the generator ends in: ``"linear"``, ``"tanh"`` (data in [-1, 1]) or ``"sigmoid"`` (data in [0, 1]).
+        batch_norm: Whether the generator normalises over the batch; None for the architecture's own.
+        spectral_norm: Whether the critic's weights have norm one (Miyato et al. 2018).
+        pack: Data that the critic judges together: a pack of draws that are all alike gives itself away (PacGAN). ``batch_size``
+            is a multiple of it.
+        context_dim: Size of the vector that both are conditioned on, which the critic projects (Miyato and Koyama 2018).
+        generator: A module of your own in place of the architecture's: ``generator(z)``, with ``context_dim``
+            ``generator(z, context)``, to ``(N, *event_shape)``.
+        critic: The same: ``critic(x)`` or ``critic(x, context)`` to ``(N / pack,)`` or ``(N / pack, 1)``; a pack comes side by
+            side along the first axis of a datum, ``(N / pack, pack * n, ...)``.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
+
+    Example:
+        >>> gan = GAN((8, 8), latent_dim=16, architecture="dcgan", output="tanh")
+        >>> gan.sample(2).shape
+        torch.Size([2, 8, 8])
+    """
+
+    family = "gan"
+    has_density = False
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        latent_dim: int = 16,
+        hidden: Sequence[int] | None = None,
+        *,
+        architecture: str = "dense",
+        output: str = "linear",
+        batch_norm: bool | None = None,
+        spectral_norm: bool = False,
+        pack: int = 1,
+        context_dim: int = 0,
+        generator: nn.Module | None = None,
+        critic: nn.Module | None = None,
+        preprocess: Transform | None = None,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        check_positive("latent_dim", latent_dim)
+        check_positive("pack", pack)
+        check_choice("architecture", architecture, tuple(ARCHITECTURES))
+        check_choice("output", output, tuple(OUTPUTS))
+        kind = ARCHITECTURES[architecture]
+        self.latent_dim, self.architecture, self.output, self.pack = latent_dim, architecture, output, int(pack)
+        self.hidden = kind.hidden if hidden is None else tuple(hidden)
+        self.batch_norm = kind.batch_norm if batch_norm is None else batch_norm
+        self.spectral_norm, self.own = spectral_norm, generator is not None or critic is not None
+        with self.initial_weights(seed):
+            self.generator = generator or self._generator()
+            self.critic = critic or self._critic()
+
+    def _generator(self) -> nn.Module:
+        make = ARCHITECTURES[self.architecture].generator
+        body = make(self.latent_dim + self.context_dim, self.event_shape, self.hidden, self.batch_norm)
+        return Generator(body, self.event_shape, self.output)
+
+    def _critic(self) -> nn.Module:
+        features = ARCHITECTURES[self.architecture].critic(self.event_shape, self.pack, self.hidden)
+        critic = Critic(*features, self.context_dim * self.pack)
+        return spectral_norm(critic) if self.spectral_norm else critic
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        names = ("latent_dim", "architecture", "output", "batch_norm", "spectral_norm", "pack", "context_dim")
+        plain = {n: getattr(self, n) for n in names}
+        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **plain}
+
+    @classmethod
+    def suggest(cls, x: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Tables are standardised; images in [0, 1] or [-1, 1] end in a sigmoid or a tanh, with convolutions where they fit."""
+        if x.dim() == 2:
+            return {"preprocess": Standardize()}
+        low, high = float(x.min()), float(x.max())
+        found: dict[str, Any] = {"output": "sigmoid"} if low >= 0 and high <= 1 else {"output": "tanh"}
+        found = found if low >= -1 and high <= 1 else {"preprocess": Standardize()}
+        fits = x.dim() <= 4 and all(side % 2 == 0 and side >= 8 for side in x.shape[-2:])
+        return found | ({"architecture": "dcgan"} if fits else {})
+
+    # -- the two programs ---------------------------------------------------------------------------------------------
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """x = G(z, c), as many as there are rows in ``x`` or ``context``; it looks at no value of x."""
+        zero = next(self.generator.parameters()).new_zeros(self.latent_dim)
+        with self.plate(x, context):
+            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
+            made = self.generator(z, *self._given(context))
+            return pyro.sample("x", dist.Delta(made, event_dim=len(self.event_shape)))
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """The critic's number for each pack of ``pack`` data in a row, ``(N / pack,)``; the first fill up the last pack."""
+        assert x is not None
+        x, *contexts = (self._packed(t) for t in (x, *self._given(context)))
+        return self.critic(x, *contexts).reshape(-1)
+
+    def _given(self, context: Tensor | None) -> list[Tensor]:
+        return [] if context is None else [context]
+
+    def _packed(self, t: Tensor) -> Tensor:
+        """Packs side by side along the first axis of a datum."""
+        if self.pack == 1:
+            return t
+        if len(t) % self.pack:
+            t = t[torch.arange(-(-len(t) // self.pack) * self.pack, device=t.device) % len(t)]
+        return t.reshape(-1, self.pack * t.shape[1], *t.shape[2:])
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    def default_objective(self) -> Adversarial:
+        """The non-saturating game with a little R1, which keeps it from turning in circles."""
+        return Adversarial(r1=0.1)
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        return Adam(5e-4, betas=(0.5, 0.999)), settings
+
+    def _strict(self, batch: Batch, num_data: int) -> None:
+        """Both networks fit the data, and a batch is one that they can learn from."""
+        batch = cast(dict[str, Any], batch)
+        rows, shape = len(batch["x"]), tuple(batch["x"].shape)
+        if rows % self.pack:
+            raise ValueError(f"`batch_size` should be a multiple of pack={self.pack}, got {rows}")
+        if rows == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
+            raise ValueError("batch normalisation over a batch of one leaves nothing: give `batch_size` 2 or more")
+        made = self.model(**batch)
+        if tuple(made.shape) != shape:
+            raise ValueError(f"the generator should make data of shape {shape[1:]}, got {tuple(made.shape[1:])}")
+        numbers = self.critic(*(self._packed(t) for t in (made, *self._given(batch.get("context")))))
+        if numbers.numel() != rows // self.pack:
+            raise ValueError(
+                f"the critic should give one number a pack, {rows // self.pack} for {rows} data, got {tuple(numbers.shape)}"
+            )
+
+    def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
+        """Data must lie where the generator can reach them; labels must tell data apart."""
+        batch = cast(dict[str, Any], batch)
+        if "context" in batch and len(batch["x"]) > 1 and bool((batch["context"] == batch["context"][0]).all()):
+            raise ValueError("every datum has the same context, from which nothing is learnt: leave `context` out of model and fit")
+        self._check_range(batch)
+        return None if numbers is None else lambda rows, _: self._check_range(rows)
+
+    def _check_range(self, batch: Batch) -> None:
+        if self.own or self.output == "linear":
+            return
+        x = cast(dict[str, Any], self.prepare(batch))["x"]
+        low, high = float(x.min()), float(x.max())
+        bottom, reach = (-1 if self.output == "tanh" else 0), f"{self.output}, which reaches no further than"
+        if low < bottom or high > 1:
+            cure = "x / 127.5 - 1" if self.output == "tanh" else "x / 255"
+            raise ValueError(
+                f"x lies in [{low:.3g}, {high:.3g}], but the generator ends in {reach} [{bottom}, 1]: scale the data (levels up to "
+                f"255: {cure}), or take output='linear' with preprocess=Standardize()"
+            )
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """G(z, c) in the units of the data, ``(N, *event_shape)``, at latents ``(N, latent_dim)``."""
+        with torch.no_grad(), _evaluating(self):
+            made = self.generator(z, *self._given(context))
+            return made if self.preprocess is None else self.preprocess.inverse(made)
+
+    def criticise(self, x: Any, context: Any = None) -> Tensor:
+        """The critic's number for each pack of ``pack`` data in a row, ``(N / pack,)``."""
+        batch = self._batch("x", x, context)
+        with torch.no_grad(), _evaluating(self):
+            return self.guide(**cast(dict[str, Any], self.prepare(batch)))
+
+    def noisy_log_prob(
+        self,
+        x: Any,
+        context: Any = None,
+        *,
+        scale: float,
+        seed: Seed = 0,
+        compile: str = "auto",
+        progress: bool = True,
+        **options: Any,
+    ) -> Score:
+        r"""Log-density of *another* model, the generator's draws blurred: :math:`\int p(z)\, N(x; G(z), s^2 I)\, dz`.
+
+        By annealed importance sampling, a lower bound in expectation. It is no density of the GAN, which has none: the answer
+        follows the scale s that was chosen, a generator that remembers its training data scores well, and one whose images are
+        sharp but a pixel to the side scores worse than a blurred mean. Compare it between generators under one s, not with
+        families that have a ``log_prob``.
+
+        Args:
+            x: Data, shape ``(N, *event_shape)``.
+            context: Context of each datum.
+            scale: Standard deviation s of the blur, in the units of the generator's output (preprocessed data).
+            seed: Keys the chains.
+            compile: The tier, as in ``VAE.log_prob``.
+            progress: Whether to show a bar on what takes more than two seconds.
+            **options: Fields of ``pgen.evaluation.AIS``: ``num_temps``, ``num_chains``, ``leapfrog``...
+
+        Returns:
+            A Score of kind ``lower_bound``, of the blurred model, in nats and in the units of the data.
+
+        References:
+            Wu, Burda, Salakhutdinov and Grosse (2017), arXiv:1611.04273, section 3; Theis, van den Oord and Bethge (2016), A note
+            on the evaluation of generative models, arXiv:1511.01844.
+        """
+        check_positive("scale", scale, integer=False)
+        settings = cast(AIS, AIS.of("ais", options))
+        batch = self._batch("x", x, context)
+
+        def blurred(x: Tensor | None = None, context: Tensor | None = None) -> None:
+            zero = next(self.generator.parameters()).new_zeros(self.latent_dim)
+            with self.plate(x, context):
+                z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
+                made = self.generator(z, *self._given(context))
+                pyro.sample("x", dist.Normal(made, scale).to_event(len(self.event_shape)), obs=x)
+
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            prepared, change = self._prepared(batch)
+            found = anneal(blurred, lambda **_: None, prepared, settings, **self._asked(seed, compile, progress))
+        log_det = 0.0 if change is None else change.double()
+        return Score(found.value + log_det, "lower_bound", math.prod(self.event_shape), found.error, settings.num_chains, "density")
+
+    def save(self, path: str | Path) -> None:
+        """Write settings, parameters and preprocessing to one file; of networks of your own there are no settings to write."""
+        if self.own:
+            raise ValueError(
+                "a file cannot rebuild networks of your own: save their tensors, safetensors.torch.save_model(gan, path), and "
+                "load them into a GAN that you make in the same way"
+            )
+        super().save(path)
+
+    def _refuse(self, question: str, instead: str) -> NoReturn:
+        raise NotAvailable(f"a GAN has no {question}: its draws come without a density or an encoder; {instead}")
+
+    def log_prob(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: the draws have no density."""
+        self._refuse(
+            "log_prob",
+            "pgen.models.Flow, VAE, Gaussian, MADE and others have one, and noisy_log_prob(x, scale=...) is that of the blurred draws",
+        )
+
+    def bdmc(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no likelihood to bound."""
+        self._refuse("likelihood to bound", "pgen.models.VAE has one")
+
+    def likelihood_regret(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no likelihood."""
+        self._refuse("likelihood", "pgen.models.VAE has one")
+
+    def draw(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no posterior."""
+        self._refuse("posterior", "pgen.models.VAE has one")
+
+    def posterior(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no posterior."""
+        self._refuse("posterior", "pgen.models.VAE has one")
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no posterior predictive."""
+        self._refuse("posterior predictive", "`sample` draws new data; pgen.models.VAE has replicates of given data")
+
+    def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no encoder."""
+        self._refuse("encoder", "pgen.models.VAE has one")
+
+    def reconstruct(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: there is no encoder."""
+        self._refuse("encoder", "pgen.models.VAE has one")
