@@ -3,7 +3,8 @@ r"""Generators and critics: dense, deep convolutional and residual; spectral nor
 A generator maps noise (and context) to a datum, a critic a pack of data (and their contexts) to one number.
 
 Radford, Metz and Chintala (2016), DCGAN, arXiv:1511.06434; Gulrajani et al. (2017), arXiv:1704.00028, appendix C (residual
-networks); Miyato et al. (2018), arXiv:1802.05957 (spectral normalisation); Miyato and Koyama (2018), arXiv:1802.05637 (projection).
+networks); Miyato et al. (2018), arXiv:1802.05957 (spectral normalisation); Miyato and Koyama (2018), arXiv:1802.05637
+(projected contexts).
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def _conv_critic(shape: tuple[int, ...], pack: int, hidden: tuple[int, ...]) -> 
     """Convolutions of stride two with leaky ReLU (DCGAN's without batch normalisation, which would mix the data)."""
     channels, height, width, doublings = _image(shape)
     widths, full = _widths(hidden, doublings)[::-1], 2**doublings
-    layers = [_AsImages(pack * channels, height * full, width * full)]
+    layers: list[nn.Module] = [_AsImages(pack * channels, height * full, width * full)]
     layers += [nn.Conv2d(pack * channels, widths[0], 3, padding=1), _leaky()]
     for n, m in pairwise(widths):
         layers += [nn.Conv2d(n, m, 4, stride=2, padding=1), _leaky()]

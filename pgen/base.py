@@ -149,6 +149,8 @@ class _Questions(nn.Module):
     ) -> Iterator[dict[str, Tensor]]:
         """Gradients of the loss on all of ``data`` by parameter, one dict a repeat, under independent noise.
 
+        Of a game each player's own loss gives the gradients of its own parameters.
+
         Args:
             data: What ``fit`` takes; with a context, a dict of x and context.
             objective: An objective (scheduled numbers have their last value); the default one if None.
@@ -163,10 +165,13 @@ class _Questions(nn.Module):
         last = {name: first.new_tensor(schedule(1, 1)) for name, schedule in getattr(objective, "schedules", {}).items()}
         scalars = {"num_data": float(batch_length(batch)), **last}
         for number in range(num_repeats):
+            found: dict[str, Tensor] = {}
             with keyed_rng(key(as_seed(seed), "gradients", number), first.device), rows_at(None), torch.enable_grad():
-                loss, _ = self.loss(objective, batch, scalars)
-                found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            yield {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found)}
+                for player, part in players(objective).items():
+                    own = {name: p for name, p in named.items() if not player or player in name.split(".")}
+                    loss, _ = self.loss(part, batch, scalars)
+                    found |= zip(own, torch.autograd.grad(loss, list(own.values()), allow_unused=True))
+            yield {name: torch.zeros_like(p) if found.get(name) is None else found[name] for name, p in named.items()}
 
     def trainable(self, player: str = "") -> list[nn.Parameter]:
         """Parameters to train: all, or those that have ``player`` as a part of their dotted name."""

@@ -122,6 +122,9 @@ def fit(
         str | None, typer.Option("--likelihood", help="bernoulli, categorical, gaussian, ...; left out, the data decide.")
     ] = None,
     guide: Annotated[str | None, typer.Option("--guide", help="For your own model: mean_field, full_rank or flow.")] = None,
+    pictures: Annotated[
+        int | None, typer.Option("--pictures", metavar="STEPS", help="Draw samples into OUT/progress every so many steps.")
+    ] = None,
     compile: Annotated[str, typer.Option("--compile", help="auto, eager, graph or compiled.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     seed: Seed = 0,
@@ -132,7 +135,7 @@ def fit(
     _check_out(out, overwrite, resume)
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
-        _refuse("a program of your own", options)
+        _refuse("a program of your own", options | {"--pictures": pictures})
         subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
     else:
         _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
@@ -146,6 +149,7 @@ def fit(
         subject.model.fit(
             subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
             seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
+            callbacks=[pgen.plots.Pictures(subject.model, out / runs.PROGRESS, every=pictures)] if pictures is not None else (),
         )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 143 if isinstance(stop, SystemExit) else 130
@@ -537,6 +541,7 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
         "stopped": done["stopped"],
         "execution": done["tier"] + (f" ({done['tier_reason']})" if done["tier_reason"] else ""),
         "skipped": f"{done['skipped']} steps that were not finite" if done["skipped"] else "",
+        "warning": "; ".join(map(str, done.get("warnings") or ())),
         "folder": f"{record['out']}: {', '.join(record['files'])}",
     }
     _facts(console, facts | {f"no {name}": reason for name, reason in record.get("not_drawn", {}).items()})

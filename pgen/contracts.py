@@ -240,6 +240,7 @@ class Run:
         word: What was maximised: ``log-likelihood`` where it is exact, ``bound``, or the objective's own word.
         resumed: The step of the checkpoint that it went on from; 0 for a fit from the start.
         restored: The validation figure of the parameters that were restored after training; None if the last ones stand.
+        warnings: What the objective says is wrong with the training as a whole, a line each.
     """
 
     history: dict[str, np.ndarray] = field(default_factory=dict)
@@ -256,6 +257,7 @@ class Run:
     word: str = "bound"
     resumed: int = 0
     restored: float | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def bound(self) -> float:
@@ -298,10 +300,11 @@ class Run:
         figure = f"{self.figure} (N = {self.num_data}{f', in all {self.bound * self.num_data:.2f}' if summed else ''})"
         if not self.steps:
             return f"{figure}\nno steps: {self.stopped}, {self.seconds:.2f} s"
+        warned = "".join(f"\nwarning: {line}" for line in self.warnings)
         return (
             f"{figure}\n"
             f"{self.steps} steps, {self.epochs:.1f} epochs in {self.seconds:.1f} s ({rate:.0f} steps/s), {tier}{skipped}\n"
-            f"stopped: {self.stopped}"
+            f"stopped: {self.stopped}{warned}"
         )
 
 

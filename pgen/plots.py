@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgen.contracts import KIND_WORDS, Run, check_positive, spoken
+from pgen.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pgen.evaluation.samples import SampleReport
 
 __all__ = [
+    "Pictures",
     "comparison",
     "density",
     "latent_space",
@@ -176,6 +178,47 @@ def sample_grid(
     images = _images("x", array)
     panels = [(images, title)] if other is None else [(_images("reference", other)[: len(images)], "data"), (images, title)]
     return _image_panels(panels, columns, low_high=_range(array))
+
+
+class Pictures(Callback):
+    """Draws samples of the model while it trains: ``folder/step-000500.png`` and so on, and after the last step.
+
+    The samples are keyed, so each picture shows the same latents; nothing of the training depends on their being drawn. Where
+    training keeps an average of the parameters, the average is shown.
+
+    Args:
+        model: Any family with ``sample``, the one that is being trained.
+        folder: Where to write; it is created.
+        every: Steps between pictures.
+        num: Samples a picture.
+        context: Of the samples: one for all, or one for each.
+        reference: Data to draw beside them.
+        seed: Keys the samples.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        folder: str | Path,
+        *,
+        every: int = 1000,
+        num: int = 64,
+        context: Any = None,
+        reference: Any = None,
+        seed: int = 0,
+    ) -> None:
+        check_positive("every", every)
+        check_positive("num", num)
+        self.model, self.folder, self.every, self.num = model, Path(folder), int(every), int(num)
+        self.context, self.reference, self.seed = context, reference, seed
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_state(self, step: int) -> None:
+        """One picture."""
+        x = self.model.sample(self.num, self.context, seed=self.seed, progress=False)
+        save(
+            sample_grid(x, reference=self.reference, title=f"samples after {step} steps"), self.folder / f"step-{step:06d}.png"
+        )
 
 
 def reconstructions(x: Any, xhat: Any, columns: int | None = None, *, names: Sequence[str] | None = None) -> Figure:

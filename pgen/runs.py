@@ -38,6 +38,7 @@ __all__ = [
     "COMPARISON",
     "MODEL",
     "PICTURES",
+    "PROGRESS",
     "RECORD",
     "REPORT",
     "HeldOut",
@@ -64,6 +65,8 @@ __all__ = [
 ]
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
+PROGRESS = "progress"
+"""Folder of the pictures that a fit draws as it goes on."""
 COMPARISON = "comparison.json"
 PICTURES = ("bound.png", "samples.png", "density.png", "reconstructions.png", "latent.png")
 OF_LATENTS = ("reconstructions.png", "latent.png")
@@ -721,6 +724,7 @@ def summary(run: Run) -> dict[str, Any]:
         "skipped": run.skipped,
         "num_data": run.num_data,
         "seed": run.seed,
+        "warnings": run.warnings,
     }
 
 

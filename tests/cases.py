@@ -149,6 +149,7 @@ _REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
 _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
 _IMAGES = _draws(lambda: torch.randn(ROWS, 1, 2, 4) * 2 + 3)
 _NO_LATENTS = ("encode", "reconstruct", "posterior")
+_NO_LIKELIHOOD = ("log_prob", "draw", "posterior", "predict", "encode", "reconstruct")
 _NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
 
 
@@ -170,6 +171,11 @@ def diffusion(event: tuple[int, ...] = EVENT, **options: Any) -> Callable[[int],
 def noisy(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None) -> Case:
     """A diffusion model: latents that are seen at one time, of which no weights are made."""
     return Case(make, x, context, lacks=(*_NO_LATENTS, "draw"), tightens=False)
+
+
+def sampler(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None, **fields: Any) -> Case:
+    """A family that draws data, without a density or an encoder."""
+    return Case(make, x, context, **{"kind": None, "latents": False, "lacks": _NO_LIKELIHOOD, **fields})
 
 
 def vae(likelihood: str, **options: Any) -> Callable[[int], VAE]:
@@ -220,6 +226,16 @@ CASES: dict[str, Case] = {
         lacks=(*_NO_LATENTS, "draw"),
     ),
     "autoencoder": Case(lambda seed: Autoencoder(EVENT, LATENT, (6,), seed=seed), _REALS, kind=None, lacks=_NO_DENSITY),
+    "gan": sampler(lambda seed: models.GAN(EVENT, LATENT, (6,), batch_norm=True, seed=seed), _REALS),
+    "gan_packed_context": sampler(
+        lambda seed: models.GAN(EVENT, LATENT, (6,), pack=2, spectral_norm=True, context_dim=CONTEXT, seed=seed),
+        _REALS,
+        _CONTEXT,
+    ),
+    "gan_residual": sampler(
+        lambda seed: models.GAN((8, 8), LATENT, (2,), architecture="residual", seed=seed),
+        _draws(lambda: torch.randn(ROWS, 8, 8)),
+    ),
     "kde": exact(lambda seed: models.KernelDensity(EVENT), _REALS),
     "kde_full": exact(lambda seed: models.KernelDensity(EVENT, covariance="full"), _REALS),
     "kde_standardized": exact(

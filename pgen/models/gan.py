@@ -1,6 +1,7 @@
 r"""Generative adversarial network: draws without a density, taught by a critic.
 
-.. math:: z \sim \mathcal{N}(0, I), \qquad x = G(z, c), \qquad \min_G \max_T \; \mathbb{E}\, g_1(T(x, c)) + \mathbb{E}\, g_2(T(G(z, c), c))
+.. math:: z \sim \mathcal{N}(0, I), \qquad x = G(z, c), \qquad
+    \min_G \max_T \; \mathbb{E}\, g_1(T(x, c)) + \mathbb{E}\, g_2(T(G(z, c), c))
 
 The model is the program that draws x; the guide is the critic T, the variational function of the divergence that the game
 minimises. There is no log p(x): G's images fill a set of measure zero wherever z has fewer numbers than x.
@@ -51,8 +52,8 @@ class GAN(GenerativeModel):
         output: What the generator ends in: ``"linear"``, ``"tanh"`` (data in [-1, 1]) or ``"sigmoid"`` (data in [0, 1]).
         batch_norm: Whether the generator normalises over the batch; None for the architecture's own.
         spectral_norm: Whether the critic's weights have norm one (Miyato et al. 2018).
-        pack: Data that the critic judges together: a pack of draws that are all alike gives itself away (PacGAN). ``batch_size``
-            is a multiple of it.
+        pack: Data that the critic judges together: a pack of draws that are all alike gives itself away (PacGAN).
+            ``batch_size`` is a multiple of it.
         context_dim: Size of the vector that both are conditioned on, which the critic projects (Miyato and Koyama 2018).
         generator: A module of your own in place of the architecture's: ``generator(z)``, with ``context_dim``
             ``generator(z, context)``, to ``(N, *event_shape)``.
@@ -185,7 +186,9 @@ class GAN(GenerativeModel):
         """Data must lie where the generator can reach them; labels must tell data apart."""
         batch = cast(dict[str, Any], batch)
         if "context" in batch and len(batch["x"]) > 1 and bool((batch["context"] == batch["context"][0]).all()):
-            raise ValueError("every datum has the same context, from which nothing is learnt: leave `context` out of model and fit")
+            raise ValueError(
+                "every datum has the same context, from which nothing is learnt: leave `context` out of model and fit"
+            )
         self._check_range(batch)
         return None if numbers is None else lambda rows, _: self._check_range(rows)
 
@@ -198,8 +201,8 @@ class GAN(GenerativeModel):
         if low < bottom or high > 1:
             cure = "x / 127.5 - 1" if self.output == "tanh" else "x / 255"
             raise ValueError(
-                f"x lies in [{low:.3g}, {high:.3g}], but the generator ends in {reach} [{bottom}, 1]: scale the data (levels up to "
-                f"255: {cure}), or take output='linear' with preprocess=Standardize()"
+                f"x lies in [{low:.3g}, {high:.3g}], but the generator ends in {reach} [{bottom}, 1]: scale the data (levels "
+                f"up to 255: {cure}), or take output='linear' with preprocess=Standardize()"
             )
 
     # -- questions ----------------------------------------------------------------------------------------------------
@@ -247,8 +250,8 @@ class GAN(GenerativeModel):
             A Score of kind ``lower_bound``, of the blurred model, in nats and in the units of the data.
 
         References:
-            Wu, Burda, Salakhutdinov and Grosse (2017), arXiv:1611.04273, section 3; Theis, van den Oord and Bethge (2016), A note
-            on the evaluation of generative models, arXiv:1511.01844.
+            Wu, Burda, Salakhutdinov and Grosse (2017), arXiv:1611.04273, section 3; Theis, van den Oord and Bethge (2016), A
+            note on the evaluation of generative models, arXiv:1511.01844.
         """
         check_positive("scale", scale, integer=False)
         settings = cast(AIS, AIS.of("ais", options))
@@ -265,7 +268,9 @@ class GAN(GenerativeModel):
             prepared, change = self._prepared(batch)
             found = anneal(blurred, lambda **_: None, prepared, settings, **self._asked(seed, compile, progress))
         log_det = 0.0 if change is None else change.double()
-        return Score(found.value + log_det, "lower_bound", math.prod(self.event_shape), found.error, settings.num_chains, "density")
+        return Score(
+            found.value + log_det, "lower_bound", math.prod(self.event_shape), found.error, settings.num_chains, "density"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write settings, parameters and preprocessing to one file; of networks of your own there are no settings to write."""
@@ -283,7 +288,7 @@ class GAN(GenerativeModel):
         """Not available: the draws have no density."""
         self._refuse(
             "log_prob",
-            "pgen.models.Flow, VAE, Gaussian, MADE and others have one, and noisy_log_prob(x, scale=...) is that of the blurred draws",
+            "pgen.models.Flow, VAE, Gaussian, MADE and others have one; noisy_log_prob(x, scale=...) is that of blurred draws",
         )
 
     def bdmc(self, *args: Any, **kwargs: Any) -> NoReturn:

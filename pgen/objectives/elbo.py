@@ -44,6 +44,9 @@ class Objective(Protocol):
     measured there decides nothing. ``divisible`` False refuses micro-batches: each of these meets the state as the step found
     it, and the mean of what they make of it must be the next one, which does not hold for chains.
 
+    ``concerns``, a function of the history's columns so far, gives what is wrong with the training, a line each by a name: each
+    is warned of once, and those that stand at the end are in ``Run.warnings``.
+
     ``rows`` is maximised on held-out data (early stopping, the best parameters, ``Run.bound``), and ``word``, a string, says
     what it is: ``"critic accuracy"``, say. An objective without one is told as ``"log-likelihood"`` where the guide draws
     nothing, else as ``"bound"``, in nats a datum, and as minus the loss on training data. With a word of its own, the loss

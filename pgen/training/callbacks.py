@@ -13,7 +13,13 @@ __all__ = ["Callback", "JsonLines", "TensorBoard"]
 
 
 class Callback:
-    """Does nothing; override what you need. Called from the training loop, outside the captured step."""
+    """Does nothing; override what you need. Called from the training loop, outside the captured step.
+
+    Attributes:
+        every: Steps between two calls of ``on_state``; None for none.
+    """
+
+    every: int | None = None
 
     def on_start(self, run: Run) -> None:
         """Training is about to begin."""
@@ -23,6 +29,9 @@ class Callback:
 
     def on_validation(self, step: int, bound: float, std_error: float) -> None:
         """A validation bound was computed, in nats a datum."""
+
+    def on_state(self, step: int) -> None:
+        """The model may be asked: it holds the parameters that it would keep if training ended here (their average, if any)."""
 
     def on_end(self, run: Run) -> None:
         """Training has ended."""

@@ -60,6 +60,8 @@ left again: the fastest block of each counts."""
 WORK_A_CALL = 200_000_000
 """Parameters times rows of the steps that share a call: what the call itself costs is then little beside them."""
 MOST_STEPS_A_CALL = 64
+RECOUNTED = 20
+"""Batches over which batch normalisation's statistics are taken anew where parameters have been averaged."""
 
 
 class NonFinite(FloatingPointError):
@@ -194,6 +196,8 @@ class Trainable(Protocol):
     def identity(self) -> str: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 @dataclass
@@ -450,6 +454,40 @@ class _Loop:
                 seed_generators(key(self.seed, "fixed", number), self.device)
                 losses.append(self.step.loss(self.index(batch)))
         return torch.stack(losses)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Hold the parameters that would be kept if training ended now, with statistics of their own."""
+        step = self.step
+        if not step.ema:
+            yield
+            return
+        with unchanged(step.buffers), _swapped(step.values, step.ema):
+            self.recount()
+            yield
+
+    def recount(self) -> None:
+        """Take batch normalisation's statistics anew: those at hand belong to parameters of other steps."""
+        norms = [m for m in self.target.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        momenta, own = [m.momentum for m in norms], {id(b) for m in norms for b in m.buffers()}
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a plain mean over batches
+        try:
+            with keyed_rng(0, self.device), unchanged([b for b in self.step.buffers if id(b) not in own]), torch.enable_grad():
+                for number in range(RECOUNTED if norms else 0):
+                    self._loss_at(number % len(self.batches), key(self.seed, "recount", number))
+        finally:
+            for m, momentum in zip(norms, momenta):
+                m.momentum = momentum
+
+    def _loss_at(self, step: int, noise: int) -> None:
+        """Run every player's loss on the rows of a step, for what that leaves behind in buffers."""
+        self.load(step, 1)
+        scheduled = self.step.split_scalars(self.scalars(step, 1)[0])[1]
+        for player in self.step.players:
+            seed_generators(noise, self.device)
+            player.loss(self.step.leaves, self.step.share(self.index(step), 0), scheduled)
 
     def learning_rates(self, steps: np.ndarray) -> np.ndarray:
         """The first player's learning rate at some steps (from 0)."""
@@ -717,6 +755,7 @@ class _Trainer:
         self.best: tuple[float, list[Tensor]] | None = None
         self.stopped = ""
         self.bad_validations = 0
+        self.warned, self.looked = set[str](), 0
         self.saved = (0, -1, "")
         self.start = self.saved_time = time.perf_counter()
         self.write_seconds = 0.0
@@ -970,7 +1009,7 @@ class _Trainer:
         until_validation = self.plan.validate_every - self.done % self.plan.validate_every
         left = self.plan.steps - self.done
         left = left if self.monitor is None else min(left, self.monitor.until_look(self.done))
-        count = min(self._until_save(), left, until_validation if self.validation is not None else left)
+        count = min(self._until_save(), left, until_validation if self.validation is not None else left, self._until_shown())
         count = -self.workers.largest(-count)[0]  # clocks differ, blocks must not
         began = time.perf_counter()
         count, columns = self._run(count)
@@ -981,6 +1020,30 @@ class _Trainer:
         self.block = max(1, min(int(BLOCK_SECONDS / step_seconds), self.block * 4, 20_000))
         self._record(count, host, now - self.start)
         self._check_losses(host[2] > 0.5)
+        self._warn()
+        self._show()
+
+    def _warn(self) -> None:
+        """Say what the objective says is wrong, each thing once; look about fifty times."""
+        if self.done < self.looked or not hasattr(self.loop.objective, "concerns") or not self.workers.leads:
+            return
+        self.looked = self.done + max(100, self.plan.steps // 50)
+        for name, line in self.loop.objective.concerns(self.log.history()).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                warnings.warn(f"step {self.done}: {line}", stacklevel=2)
+
+    def _until_shown(self) -> int:
+        """Steps until the next callback that looks at the model."""
+        return min((c.every - self.done % c.every for c in self.callbacks if c.every), default=self.plan.steps)
+
+    def _show(self) -> None:
+        """Let callbacks look at the model as it would be kept; nothing of the training depends on it."""
+        due = [c for c in self.callbacks if c.every and (self.done % c.every == 0 or self.done == self.plan.steps)]
+        if due:
+            with self.loop.kept(), torch.no_grad():
+                for callback in due:
+                    callback.on_state(self.done)
 
     def _until_save(self) -> int:
         """Steps of a block, or until the next checkpoint."""
@@ -1091,7 +1154,7 @@ class _Trainer:
     def _bound(self) -> tuple[float, float]:
         """Mean bound and its standard error, with the same noise every time."""
         loop = self.loop
-        with _swapped(loop.step.values, loop.step.ema), keyed_rng(key(loop.seed, "validation"), loop.device):
+        with loop.kept(), keyed_rng(key(loop.seed, "validation"), loop.device):
             local, outside = self.loop.target.bound_rows(
                 loop.objective, self.validation, self.interruption.check,  # type: ignore[arg-type]
             )  # fmt: skip
@@ -1138,7 +1201,11 @@ class _Trainer:
         run.restored = None if self.best is None else self.best[0]
         for value, better in zip(loop.step.values, final):
             value.copy_(better)
+        if final:
+            with torch.no_grad():
+                loop.recount()
         run.history = self.log.history()
+        run.warnings = list(getattr(loop.objective, "concerns", lambda history: {})(run.history).values())
         run.validation = {name: np.array(values) for name, values in self.log.validation.items() if values}
         run.tier, run.tier_reason = loop.tier, self._why_not_faster()
         run.steps, run.epochs, run.skipped = self.done, self.done / self.plan.batches, self.skipped

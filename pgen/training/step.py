@@ -126,7 +126,7 @@ class Step:
         names: list[str] = []
         for player in self.players:
             prefix = f"{player.name}_" if player.name else ""
-            names += [f"{prefix}{name}" for name in (["loss"] if prefix else []) + player.metric_names]
+            names += [f"{prefix}{name}" for name in (["loss", "grad_norm"] if prefix else []) + player.metric_names]
         return names
 
     # -- the mathematics ----------------------------------------------------------------------------------------------
@@ -186,14 +186,14 @@ class Step:
             buffer.copy_(torch.where(skip, old, buffer))
 
     def _summary(self, results: list[list[Tensor]]) -> list[Tensor]:
-        """``[loss, norm, skip, *metrics]`` of a step: with several players, their sum, and each loss among the metrics."""
+        """``[loss, norm, skip, *metrics]`` of a step: with several players, their sum, and each one's among the metrics."""
         if not self.players[0].name:
             return results[0]
         results = [self._over_moves(results, i) for i in range(len(self.players))]
         loss = torch.stack([r[0] for r in results]).sum()
         norm = torch.stack([r[1] for r in results]).norm()
         skip = torch.stack([r[2] for r in results]).any()
-        return [loss, norm, skip, *(t for r in results for t in (r[0], *r[3:]))]
+        return [loss, norm, skip, *(t for r in results for t in (r[0], r[1], *r[3:]))]
 
     def _over_moves(self, results: list[list[Tensor]], player: int) -> list[Tensor]:
         """A player's results: means over its moves, and whether any was skipped."""
