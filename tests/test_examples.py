@@ -158,3 +158,10 @@ def test_density_basics_prints_its_figures_and_draws_the_plane(tmp_path, capsys)
     assert (tmp_path / "density.png").stat().st_size > 1000
     assert "0.054 0.079 0.114 0.165 0.240 0.347" in said  # Jaynes (1963), Brandeis lectures
     assert "the banana itself: -2.14 nats" in said
+
+
+def test_denoising_draws_its_path(tmp_path, capsys):
+    score = example("denoising").main(tmp_path, epochs=2, width=16, progress=False)
+    assert score.kind == "lower_bound" and score.measure == "mass"
+    assert (tmp_path / "denoising.png").stat().st_size > 1000
+    assert "test digits, classes given" in capsys.readouterr().out
