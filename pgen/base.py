@@ -327,8 +327,8 @@ class _Questions(nn.Module):
                 finally:
                     if run.steps:
                         self.last_run = run
-                        self._ended(objective)
                         self._fitted_to(data if source is None else source)
+                        self._ended(objective)
         return run
 
     def _facts(self, data: Batch, num_data: int, batch_size: int, seed: int, settings: Training) -> dict[str, str]:

@@ -158,6 +158,15 @@ def exact(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | N
     return Case(make, x, context, **{"kind": "exact", "latents": False, "lacks": _NO_LATENTS, **fields})
 
 
+def energy(x: torch.Tensor, context: torch.Tensor | None = None, **settings: Any) -> Case:
+    """An energy-based model, which does not know its normaliser and draws by chains, short ones here."""
+
+    def make(seed: int) -> Any:
+        return models.EnergyBased(EVENT, hidden=(4,), tempering=(3, 2, 1), seed=seed, **settings)
+
+    return Case(make, x, context, kind="unnormalised", latents=False, lacks=_NO_LATENTS)
+
+
 def latent(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None, **fields: Any) -> Case:
     """A family whose latents are integrated out in closed form: ``log_prob`` is exact, and there is a posterior."""
     return Case(make, x, context, **{"kind": "exact", "latents": True, **fields})
@@ -387,6 +396,9 @@ CASES: dict[str, Case] = {
     "rbm": exact(lambda seed: models.RBM(EVENT, 4, seed=seed), _BITS, values=2),
     "rbm_wide": exact(lambda seed: models.RBM(EVENT, 9, seed=seed), _BITS, values=2),
     "rbm_gaussian": exact(lambda seed: models.RBM(EVENT, 3, visible="gaussian", preprocess=Standardize(), seed=seed), _REALS),
+    "energy": energy(_REALS, preprocess=Standardize()),
+    "energy_classes": energy(_REALS, energy="conv", num_classes=3),
+    "energy_context": energy(_REALS, _CONTEXT, context_dim=CONTEXT),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }
 """Every family in its main variants, and a pair of the user's own."""

@@ -11,13 +11,19 @@ and the logarithm of the mean forward weight estimates it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pyro
+import pyro.distributions as dist
 from torch import Tensor
 
-from .annealing import log_mean
+from ..data.batches import key
+from ..programs import DATA_PLATE
+from .annealing import AIS, anneal, log_mean
 
-__all__ = ["LogNormalizer"]
+__all__ = ["LogNormalizer", "annealed_normalizer"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,50 @@ class LogNormalizer:
 
 def _std_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def annealed_normalizer(
+    log_density: Callable[..., Tensor],
+    loc: Tensor,
+    scale: Tensor,
+    draws: Tensor | None,
+    given: Sequence[Tensor] = (),
+    *,
+    settings: AIS,
+    seed: int,
+    **options: Any,
+) -> LogNormalizer:
+    """log Z of a law over real x, from a Gaussian.
+
+    The Gaussian is the prior of x in a program whose only likelihood is f over it, so that the evidence is Z, and each chain
+    is a row of data.
+
+    Args:
+        log_density: From x ``(C, *event)`` and ``given`` to log f(x), ``(C,)``.
+        loc: Mean of the Gaussian, ``(*event)``.
+        scale: Its standard deviation.
+        draws: Draws of the law itself, ``(C, *event)``, where backward chains begin; None for no bound from above.
+        given: What f depends on beside x, ``(C, ...)`` each.
+        settings: Temperatures and transitions; the chains are as many as ``num_chains``.
+        seed: Keys the noise.
+        **options: ``held``, ``compile``, ``progress`` of ``anneal``.
+    """
+
+    def program(rows: Tensor, *given: Tensor) -> None:
+        known = dist.Normal(loc, scale).to_event(loc.dim())
+        with pyro.plate(DATA_PLATE, len(rows)):
+            x = pyro.sample("x", known)
+            pyro.factor("tilt", log_density(x, *given) - known.log_prob(x))
+
+    batch = (loc.new_zeros(settings.num_chains), *given)
+    one = AIS(settings.num_temps, 1, settings.leapfrog, settings.step_size)
+    forward = anneal(program, _nothing, batch, one, seed=key(seed, "forward"), **options).value
+    backward = None
+    if draws is not None:
+        ends = {"x": draws}
+        backward = anneal(program, _nothing, batch, one, seed=key(seed, "backward"), posterior=ends, **options).value
+    return LogNormalizer.of(forward, backward, settings.num_temps)
+
+
+def _nothing(*args: Any) -> None:
+    """A guide without latents."""

@@ -6,6 +6,7 @@ from .boltzmann import RBM
 from .causal_transformer import CausalTransformer
 from .classifier import GenerativeClassifier
 from .diffusion import Diffusion
+from .energy import EnergyBased, EnergySum
 from .flow import Flow
 from .flow_matching import FlowMatching
 from .gan import GAN
@@ -31,6 +32,8 @@ __all__ = [
     "Autoencoder",
     "CausalTransformer",
     "Diffusion",
+    "EnergyBased",
+    "EnergySum",
     "FactorAnalysis",
     "Flow",
     "FlowMatching",

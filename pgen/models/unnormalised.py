@@ -63,10 +63,14 @@ class UnnormalisedModel(GenerativeModel):
             return None
         return self.chains.clone(), [self.chains_context.clone()] if self.context_dim else []
 
+    def take_normalizer(self, value: Tensor) -> None:
+        """Take over a log-normaliser that was learnt beside the model; its error is not known."""
+        self.log_z.copy_(torch.stack([value.detach().double(), torch.full_like(value, -1.0, dtype=torch.float64)]))
+
     # -- densities ----------------------------------------------------------------------------------------------------
 
     def _normalizer(self, seed: Seed, progress: bool) -> tuple[float, float] | None:
-        """log Z of preprocessed x and its standard error (0 where it is exact), if it is known."""
+        """log Z of preprocessed x and its standard error (0 where it is exact, negative if not known), if it is known."""
         value, error = self.log_z.tolist()
         return None if math.isinf(value) else (value, error)
 
@@ -92,9 +96,10 @@ class UnnormalisedModel(GenerativeModel):
         if known is None:
             return replace(score, kind="unnormalised")
         value, error = known
-        if error == 0 and score.kind == "exact":
+        if error == 0 and score.kind == "exact":  # enumerated
             return replace(score, value=score.value - value)
-        return replace(score, value=score.value - value, kind="estimate", mc_error=torch.full_like(score.value, error))
+        spread = torch.full_like(score.value, error) if error > 0 else None
+        return replace(score, value=score.value - value, kind="estimate", mc_error=spread)
 
     def log_normalizer(self, **options: Any) -> LogNormalizer:
         """Estimate log Z."""

@@ -7,7 +7,9 @@ from .adversarial import Adversarial
 from .baselines import DecayingAverage
 from .contrastive import ContrastiveDivergence, PersistentContrastiveDivergence
 from .elbo import ELBO, Objective
+from .energy_score import DenoisingScoreMatching, SlicedScoreMatching
 from .multisample import IWAE, VIMCO, DReG, Renyi
+from .noise_contrastive import NoiseContrastive
 from .schedules import Cyclical, Linear, Schedule
 from .simple import Simple
 
@@ -20,10 +22,13 @@ __all__ = [
     "Cyclical",
     "DReG",
     "DecayingAverage",
+    "DenoisingScoreMatching",
     "Linear",
+    "NoiseContrastive",
     "Objective",
     "PersistentContrastiveDivergence",
     "Renyi",
     "Schedule",
     "Simple",
+    "SlicedScoreMatching",
 ]

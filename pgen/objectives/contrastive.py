@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
 from ..samplers.mcmc import Info, State, gibbs, hmc, langevin, start, with_gradient
-from .density import check_without_latents, log_density, observing, parts
+from .density import check_without_latents, conditionals, log_density, observing, parts
 from .elbo import Scalars
 
 __all__ = ["Chains", "ContrastiveDivergence", "PersistentContrastiveDivergence"]
@@ -29,7 +29,7 @@ Program = Callable[..., Any]
 SAMPLERS = ("langevin", "hmc", "unadjusted", "gibbs")
 TARGETS = {"langevin": 0.574, "hmc": 0.65}
 """Acceptance to which step sizes are adapted: Roberts and Rosenthal (1998); Beskos et al. (2013)."""
-_GAIN = 0.05
+_GAIN = 0.1
 
 
 class Chains(nn.Module):
@@ -135,17 +135,18 @@ class ContrastiveDivergence:
         return x[:0], [tensor[:0] for tensor in given]
 
     def __call__(self, model: Program, guide: Program, batch: Batch, scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-        """Energy of the data less that of the chains, nats a datum."""
+        """Energy of the data less that of the chains, nats a datum, less the log-density of what else is observed."""
         drawn, metrics = self._negative(model, batch)
         self._adapt(metrics)
-        data = log_density(model, batch, whole=True, scales=True).mean()
+        data = log_density(model, batch, scales=True).mean()
         chains = log_density(model, drawn, scales=True).mean()
         metrics = {"data_energy": -data.detach(), "chain_energy": -chains.detach(), **metrics}
-        return chains - data, metrics
+        rest = conditionals(model, batch)
+        return chains - data - (rest.mean() if isinstance(rest, Tensor) else rest), metrics
 
     def rows(self, model: Program, guide: Program, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each datum's log-density: exact, or how far it lies above the mean over the chains."""
-        found = log_density(model, batch, whole=True)
+        found = log_density(model, batch)
         if self.exact:
             return found - observing(model, batch)[0].fn.log_normalizer(), found.new_zeros(())
         return found - log_density(model, self._kept(model, batch)).mean(), found.new_zeros(())

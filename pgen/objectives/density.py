@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from pyro.distributions import Unit
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -13,7 +14,7 @@ from ..contracts import Batch
 from ..programs import Term, innermost, run_program
 from .elbo import scaled
 
-__all__ = ["check_without_latents", "log_density", "observing", "parts"]
+__all__ = ["check_without_latents", "conditionals", "log_density", "observing", "parts", "score"]
 
 Program = Callable[..., Any]
 
@@ -34,30 +35,51 @@ def parts(batch: Batch) -> tuple[Tensor, list[Tensor], Callable[[Tensor, Sequenc
     return leaves[first], [leaves[i] for i in others], closed
 
 
+def _terms(model: Program, batch: Batch) -> tuple[list[Term], list[Term]]:
+    """The terms whose density needs a normaliser, and the others."""
+    x, *_ = parts(batch)
+    terms = list(run_program(model, batch).values())
+    if not any(term.value is x for term in terms):
+        return terms, []
+    own = [term for term in terms if term.value is x or isinstance(innermost(term.fn), Unit)]
+    return own, [term for term in terms if not any(term is one for one in own)]
+
+
 def observing(model: Program, batch: Batch) -> list[Term]:
     """The terms whose density needs a normaliser: the site that observes x, and factors; all, where no site observes x.
 
     What else a model observes (the class of each datum, say) has a normalised law given x, so that a chain over x need not
     draw it.
     """
-    x, *_ = parts(batch)
-    terms = list(run_program(model, batch).values())
-    own = [term for term in terms if term.value is x]
-    return [term for term in terms if term in own or isinstance(innermost(term.fn), Unit)] if own else terms
+    return _terms(model, batch)[0]
 
 
-def log_density(model: Program, batch: Batch, *, whole: bool = False, scales: bool = False) -> Tensor:
+def _sum(terms: Sequence[Term], scales: bool) -> Tensor:
+    rows = [scaled(term, term.rows) if scales else term.rows for term in terms]
+    return sum(rows[1:], rows[0])
+
+
+def log_density(model: Program, batch: Batch, *, scales: bool = False) -> Tensor:
     """log f(x) of each datum, ``(B,)``, up to a constant, in nats.
 
     Args:
         model: Without latents.
         batch: Its arguments.
-        whole: Whether normalised terms that depend on x count too.
         scales: Whether the program's own scales count.
     """
-    terms = list(run_program(model, batch).values()) if whole else observing(model, batch)
-    rows = [scaled(term, term.rows) if scales else term.rows for term in terms]
-    return sum(rows[1:], rows[0])
+    return _sum(observing(model, batch), scales)
+
+
+def conditionals(model: Program, batch: Batch) -> Tensor | float:
+    """Log-density of what else a model observes, given x, ``(B,)`` with the program's scales; 0 where there is nothing."""
+    others = _terms(model, batch)[1]
+    return _sum(others, True) if others else 0.0
+
+
+def score(model: Program, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """The gradient of log f as a function of x, ``(B, *event_shape)`` both; differentiable, in the parameters too."""
+    _, given, closed = parts(batch)
+    return torch.func.grad(lambda x: log_density(model, closed(x, given)).sum())
 
 
 def check_without_latents(objective: Any, model: Program, batch: Batch) -> None:

@@ -1,0 +1,173 @@
+r"""Draws of a law that is known up to its normaliser, by a population that is led there from a Gaussian.
+
+.. math:: \log f_\beta(x) = (1 - \beta) \log \mathcal{N}(x; m, s^2) + \beta \log f(x)
+
+Particles begin at the Gaussian. At each temperature they are weighed by what it changes, resampled where their weights have
+become unequal, so that modes keep their shares, and moved by Hamiltonian Monte Carlo, whose steps adapt to each particle.
+
+Del Moral, Doucet, Jasra (2006), Sequential Monte Carlo samplers, doi:10.1111/j.1467-9868.2006.00553.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.batches import key
+from ..programs import keyed_rng, seed_generators
+from ..samplers.mcmc import State, hmc, start
+from ..training.progress import Progress
+from .annealing import TARGET_ACCEPTANCE, schedule
+from .units import QUIET_SECONDS, Unit
+
+__all__ = ["Tempering", "move_on", "tempered"]
+
+LogDensity = Callable[..., Tensor]
+"""From x ``(N, *event)`` and further tensors with as many rows to log f(x) ``(N,)``, up to a constant."""
+LEAST = 64
+"""Particles below which shares of modes mean little: so many are led, whatever is asked for."""
+_GAIN, _FIRST = 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """How to lead the population.
+
+    Args:
+        num_temps: Temperatures.
+        num_steps: Transitions at the end, where the temperature is 1.
+        leapfrog: Steps of each transition.
+    """
+
+    num_temps: int = 200
+    num_steps: int = 100
+    leapfrog: int = 5
+
+
+def tempered(
+    log_density: LogDensity,
+    loc: Tensor,
+    scale: Tensor,
+    n: int,
+    given: Sequence[Tensor] = (),
+    *,
+    settings: Tempering,
+    seed: int,
+    held: Sequence[Tensor] = (),
+    compile: str = "auto",
+    progress: bool = False,
+) -> Tensor:
+    """Draws of x, ``(n, *event)``.
+
+    Args:
+        log_density: log f.
+        loc: m, ``(*event)``.
+        scale: s, ``(*event)``.
+        n: How many.
+        given: What f depends on beside x, ``(n, ...)`` each; particles are then not resampled, as each has a law of its own.
+        settings: Temperatures and transitions.
+        seed: Keys the noise.
+        held: Parameters and buffers that ``log_density`` uses.
+        compile: The tier, as in ``Unit``.
+        progress: Whether to show a bar on what takes more than two seconds.
+    """
+    with keyed_rng(key(seed, "tempering"), loc.device):
+        count = n if given else max(n, LEAST)
+        at = loc + scale * torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
+        betas = [*schedule(settings.num_temps).tolist(), *[1.0] * settings.num_steps]
+        x = _led(log_density, loc, scale, at, given, betas, settings.leapfrog, seed, held, compile, progress)
+    return x[:n]
+
+
+def move_on(
+    log_density: LogDensity, loc: Tensor, scale: Tensor, x: Tensor, given: Sequence[Tensor] = (), *, settings: Tempering,
+    seed: int, held: Sequence[Tensor] = (), compile: str = "auto", progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """The chains x after ``num_steps`` transitions that leave f invariant; the arguments are those of ``tempered``."""
+    betas = [1.0] * (settings.num_steps + 1)
+    with keyed_rng(key(seed, "moving"), loc.device):
+        return _led(log_density, loc, scale, x, given, betas, settings.leapfrog, seed, held, compile, progress)
+
+
+def _led(
+    log_density: LogDensity,
+    loc: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    given: Sequence[Tensor],
+    betas: Sequence[float],
+    leapfrog: int,
+    seed: int,
+    held: Sequence[Tensor],
+    compile: str,
+    progress: bool,
+) -> Tensor:
+    """Particles from x along the temperatures."""
+    shape = x.shape
+    unit, position = _unit(log_density, loc, scale, x, given, leapfrog, len(betas), held, compile)
+    log_step = position.new_full((len(x),), _FIRST).log()
+    log_weight, change = torch.zeros_like(log_step), torch.zeros_like(log_step)
+    with Progress(len(betas), progress, QUIET_SECONDS) as bar:
+        for number, beta in enumerate(betas):
+            if number:
+                log_weight = log_weight + (beta - betas[number - 1]) * change
+            last = beta == 1.0 and betas[number - 1] < 1.0
+            if not given and _unequal(log_weight, last):
+                seed_generators(key(seed, "resample", number), loc.device)
+                rows = _resampled(log_weight)
+                position, log_step, log_weight = position[rows], log_step[rows], torch.zeros_like(log_weight)
+            temperature = position.new_tensor(beta)
+            position, change, acceptance = unit(key(seed, "move", number), position, log_step.exp(), temperature, *given)
+            log_step = log_step + _GAIN * (acceptance - TARGET_ACCEPTANCE)
+            bar.at(number + 1, "sampling")
+    return loc + scale * position.reshape(shape)
+
+
+def _unit(
+    log_density: LogDensity,
+    loc: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    given: Sequence[Tensor],
+    leapfrog: int,
+    calls: int,
+    held: Sequence[Tensor],
+    compile: str,
+) -> tuple[Unit, Tensor]:
+    """One transition of all particles at a temperature, and their coordinates, in which the Gaussian is standard."""
+
+    def move(u: Tensor, size: Tensor, beta: Tensor, *given: Tensor) -> list[Tensor]:
+        def density(u: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                at = u.detach().requires_grad_()
+                known = -0.5 * at.square().sum(-1)
+                change = log_density(loc + scale * at.reshape(-1, *loc.shape), *given) - known
+                (slope,) = torch.autograd.grad((known + beta * change).sum(), at)
+            return (known + beta * change).detach(), slope, change.detach()
+
+        state: State = start(density, u)
+        state, info = hmc(density, state, size[:, None], leapfrog)
+        return [state.position, state.parts[0], info.acceptance]
+
+    position = ((x - loc) / scale).flatten(1)
+    inputs = [position, torch.full_like(position[:, 0], _FIRST), position.new_tensor(0.5), *given]
+    other = [position.flip(0) + 0.1, *inputs[1:]]
+    known = {id(t): t for t in (loc, scale, *held)}
+    return Unit(move, list(known.values()), inputs, other, calls=calls, compile=compile), position
+
+
+def _unequal(log_weight: Tensor, last: bool) -> bool:
+    """Whether fewer than half the particles carry the weight; at the end, whether weights differ at all."""
+    share = log_weight.double().softmax(0)
+    return bool((log_weight != log_weight[0]).any()) and (last or float(1 / share.square().sum()) < 0.5 * len(share))
+
+
+def _resampled(log_weight: Tensor) -> Tensor:
+    """Numbers of the particles that go on, in random order (systematic resampling)."""
+    count, share = len(log_weight), log_weight.double().softmax(0).cumsum(0)
+    points = (torch.arange(count, device=share.device) + torch.rand((), dtype=torch.float64, device=share.device)) / count
+    rows = torch.searchsorted(share / share[-1], points).clamp(max=count - 1)
+    return rows[torch.randperm(count, device=rows.device)]

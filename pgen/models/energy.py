@@ -1,0 +1,507 @@
+r"""Energy-based models: any network as minus the logarithm of a density, up to its normaliser.
+
+.. math:: p(x) = \frac{1}{Z} \exp(-E(x)), \qquad E(x) = e_\theta(x) + \frac12 \Bigl\| \frac{x - m}{s} \Bigr\|^2
+
+The second term, with the data's own means m and standard deviations s, makes every network whose output grows at most linearly
+a density. With classes, the network gives one logit each and :math:`e(x) = -\log \sum_y \exp f_y(x)`, so that
+:math:`p(y \mid x)` is their softmax: a classifier that is a density too.
+
+Energies add up: ``a + b`` is the product of two densities, ``a - 0.5 * b`` turns one away from another.
+
+LeCun et al. (2006), A tutorial on energy-based learning; Du and Mordatch (2019), arXiv:1903.08689; Grathwohl et al. (2020),
+Your classifier is secretly an energy based model, arXiv:1912.03263; Hinton (2002), doi:10.1162/089976602760128018 (products of
+experts); Du, Li, Mordatch (2020), Compositional visual generation with energy based models, arXiv:2004.06030.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..base import _evaluating
+from ..contracts import Batch, NotAvailable, Score, Seed, as_seed, check_choice, check_positive
+from ..data.transforms import Transform
+from ..distributions.energy import Unnormalised
+from ..evaluation.annealing import AIS
+from ..evaluation.calibration import check_labels
+from ..evaluation.normalizer import LogNormalizer, annealed_normalizer
+from ..evaluation.tempering import Tempering, move_on, tempered
+from ..nn import ACTIVATIONS, MLP
+from ..objectives import PersistentContrastiveDivergence
+from ..programs import isolated
+from ..training import Adam, Training
+from .unnormalised import UnnormalisedModel
+
+__all__ = ["EnergyBased", "EnergySum"]
+
+
+class EnergyBased(UnnormalisedModel):
+    r"""A density given by its energy.
+
+    Shapes: x ``(N, *event_shape)`` real, context ``(N, context_dim)``, labels ``(N,)`` with classes 0, ..., K - 1.
+
+    ``fit`` carries Langevin chains from step to step (``PersistentContrastiveDivergence``); ``SlicedScoreMatching()``,
+    ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With ``num_classes``,
+    ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
+    ``log_normalizer()`` has been asked for.
+
+    Args:
+        event_shape: Shape of one datum.
+        energy: e: ``"dense"``, ``"conv"`` (images ``(H, W)`` or ``(C, H, W)``), or a module from x ``(N, *event_shape)`` (and
+            context) to ``(N,)``, or ``(N, K)`` logits. A model with a module of your own cannot be saved.
+        hidden: Sizes of the hidden layers of ``"dense"``; channels of the layers of ``"conv"``, each of which halves the
+            image but the first.
+        activation: By name; smooth ones, as chains follow the gradient.
+        confine: Whether the Gaussian term is there.
+        num_classes: K, of the joint energy classifier; 0 for none.
+        tempering: How ``sample`` draws unless told otherwise: temperatures from noise to the model, transitions at the end,
+            steps of each.
+        context_dim: Size of the vector that the energy depends on beside x; 0 for none.
+        preprocess: Invertible preprocessing of x.
+        seed: Keys the initial weights.
+
+    Example:
+        >>> model = EnergyBased((1,))
+        >>> run = model.fit(torch.randn(200, 1), steps=5, progress=False)
+        >>> model.log_prob(torch.zeros(3, 1)).kind
+        'unnormalised'
+    """
+
+    family = "energy"
+    also = ("labels",)
+    default_batch_size = 200
+    default_epochs = 100
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        energy: str | nn.Module = "dense",
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "silu",
+        *,
+        confine: bool = True,
+        num_classes: int = 0,
+        tempering: tuple[int, int, int] = (200, 100, 5),
+        context_dim: int = 0,
+        preprocess: Transform | None = None,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
+        self.tempering = _tempering(*tempering)
+        if num_classes == 1 or num_classes < 0:
+            raise ValueError(f"`num_classes` should be 0 (no classes) or 2 and more, got {num_classes}")
+        self.hidden, self.activation = tuple(int(n) for n in hidden), ACTIVATIONS.name(activation)
+        self.confine, self.num_classes = bool(confine), int(num_classes)
+        self.register_buffer("data_loc", torch.zeros(self.event_shape))
+        self.register_buffer("data_scale", torch.ones(self.event_shape))
+        self.network_name = energy if isinstance(energy, str) else ""
+        with self.initial_weights(seed):
+            self.network = self._network(energy) if isinstance(energy, str) else energy
+
+    data_loc: Tensor
+    data_scale: Tensor
+
+    def _network(self, energy: str) -> nn.Module:
+        check_choice("energy", energy, ("dense", "conv"))
+        outputs, activation = self.num_classes or 1, ACTIVATIONS[self.activation]
+        if energy == "dense":
+            return _Dense(math.prod(self.event_shape) + self.context_dim, self.hidden, outputs, activation)
+        if self.context_dim:
+            raise ValueError("energy='conv' takes no context; use 'dense', or a module of your own")
+        return _Convolutional(self.event_shape, self.hidden, outputs, activation)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        names = ("activation", "confine", "num_classes", "context_dim")
+        own = {"event_shape": list(self.event_shape), "energy": self.network_name, "hidden": list(self.hidden)}
+        return {**own, **{name: getattr(self, name) for name in names}, "tempering": list(astuple(self.tempering))}
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to one file.
+
+        Raises:
+            ValueError: If the energy is a module of your own.
+        """
+        if not self.network_name:
+            raise ValueError(
+                f"the energy {type(self.network).__name__} is a module of your own, which no file can hold; use 'dense' or "
+                "'conv', or save its state_dict yourself"
+            )
+        super().save(path)
+
+    def prime(self, data: Batch) -> None:
+        """Take the means and standard deviations of the data, raw and preprocessed."""
+        batch = cast(dict[str, Tensor], data)
+        with torch.no_grad():
+            places = ((self.loc, self.scale, self._prepared(batch)[0]["x"]), (self.data_loc, self.data_scale, batch["x"]))
+            for loc, scale, x in places:
+                sd = x.std(0, correction=0)
+                loc.copy_(x.mean(0))
+                scale.copy_(sd.clamp(min=0.1 * float(sd.mean())) if float(sd.mean()) > 0 else torch.ones_like(sd))
+
+    def default_objective(self) -> PersistentContrastiveDivergence:
+        """Persistent chains of Langevin steps with Metropolis' correction, some started anew."""
+        return PersistentContrastiveDivergence(10, "langevin", num_chains=1000, restart=0.02)
+
+    def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        falling = settings.schedule is None and settings.stop == "steps"
+        return Adam(1e-3), replace(
+            settings, schedule="cosine" if falling else settings.schedule, clip_norm=settings.clip_norm or 10.0
+        )
+
+    def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
+        found = super()._further(x, given)
+        if "labels" in found:
+            if not self.num_classes:
+                raise ValueError("this model was made without classes; make it with num_classes=... to give labels")
+            found["labels"] = check_labels("labels", found["labels"], len(x), self.num_classes)
+        return found
+
+    # -- the energy ---------------------------------------------------------------------------------------------------
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """p(x | c) up to its normaliser, and p(y | x)."""
+        with self.plate(x, context):
+            x = pyro.sample("x", Unnormalised(lambda at: self._energy(at, context), self.event_shape), obs=x)
+            if labels is not None:
+                pyro.sample("labels", dist.Categorical(logits=self._outputs(x, context)), obs=labels)
+            return x
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """No latents."""
+
+    def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What the network gives: ``(N, 1)`` energies or ``(N, K)`` logits."""
+        arguments = [x] if context is None else [x, context]
+        out = self.network(*arguments)
+        wanted = (len(x), self.num_classes) if self.num_classes else (len(x),)
+        if tuple(out.shape) not in (wanted, (len(x), 1)):
+            raise ValueError(f"`energy` should give shape {wanted} for {len(x)} data, got {tuple(out.shape)}")
+        return out
+
+    def _energy(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """E(x) of preprocessed x, ``(N,)``."""
+        out = self._outputs(x, context)
+        energy = -out.logsumexp(1) if self.num_classes else out.reshape(-1)
+        return energy + 0.5 * ((x - self.loc) / self.scale).square().flatten(1).sum(1) if self.confine else energy
+
+    def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) without its normaliser in the units of the data, as a tensor with a gradient, ``(N,)``."""
+        if self.preprocess is None:
+            return -self._energy(x, context)
+        y, log_det = self.preprocess.forward_with_log_det(x)
+        return log_det - self._energy(y, context)
+
+    def predict_proba(self, x: Any, context: Any = None) -> Tensor:
+        """p(y | x), the softmax of the logits, ``(N, num_classes)``.
+
+        Raises:
+            NotAvailable: Without classes.
+        """
+        if not self.num_classes:
+            raise NotAvailable("this energy has no classes; make it with num_classes=..., or use GenerativeClassifier")
+        batch = self._batch("x", x, context)
+        with torch.no_grad(), _evaluating(self):
+            return self._outputs(self._prepared(batch)[0]["x"], batch.get("context")).softmax(1)
+
+    # -- normaliser and samples ---------------------------------------------------------------------------------------
+
+    def log_normalizer(  # type: ignore[override]
+        self,
+        context: Any = None,
+        *,
+        num_temps: int = 1000,
+        num_chains: int = 100,
+        leapfrog: int = 10,
+        seed: Seed = 0,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> LogNormalizer:
+        """log Z by annealing from a Gaussian with the data's means and standard deviations, and bounds from both sides.
+
+        Args:
+            context: One context, whose Z it is; nothing is then kept for ``log_prob``.
+            num_temps: Temperatures.
+            num_chains: Chains each way. Backward ones begin at ``sample``, so the upper bound is as good as that is.
+            leapfrog: Steps of each transition.
+            seed: Keys all noise.
+            compile: The tier; ``"auto"`` goes by the amount of work.
+            progress: Whether to show a bar on what takes more than two seconds.
+
+        Returns:
+            The estimate, in the units of preprocessed data; ``log_prob`` goes on with it.
+        """
+        settings = AIS(num_temps, num_chains, leapfrog)
+        given = self._given(context, num_chains)
+        draws = self.sample(num_chains, context, seed=seed, compile=compile, progress=progress)
+        options = self._asked(seed, compile, progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            ends = self._prepared({"x": self._like(draws)})[0]["x"]
+            found = annealed_normalizer(
+                lambda x, *context: -self._energy(x, *context), self.loc, self.scale, ends, given, settings=settings, **options
+            )
+        if not self.context_dim:
+            self.log_z.copy_(torch.tensor([found.value, max(found.error, 1e-12)]))
+        return found
+
+    def sample(
+        self,
+        n: int = 1,
+        context: Any = None,
+        *,
+        start: str = "noise",
+        num_temps: int | None = None,
+        num_steps: int | None = None,
+        leapfrog: int | None = None,
+        seed: Seed = 0,
+        compile: str = "auto",
+        progress: bool = True,
+    ) -> Tensor:
+        """Draw x by chains: approximate, the better the more temperatures and steps.
+
+        Args:
+            n: How many.
+            context: One context for all, shape ``(1, context_dim)``, or one for each.
+            start: ``"noise"``: a population that is led from a Gaussian to the model, weighed and resampled on the way;
+                ``"chains"``: those that the last fit kept, moved on by ``num_steps``.
+            num_temps: Temperatures from the Gaussian to the model, instead of the model's own number of them.
+            num_steps: Transitions of Hamiltonian Monte Carlo at the end.
+            leapfrog: Steps of each.
+            seed: Keys the draws.
+            compile: The tier; ``"auto"`` goes by the amount of work.
+            progress: Whether to show a bar on what takes more than two seconds.
+
+        Returns:
+            Shape ``(n, *event_shape)``, in the units of the data.
+        """
+        check_positive("n", n)
+        check_choice("start", start, ("noise", "chains"))
+        asked = zip((num_temps, num_steps, leapfrog), astuple(self.tempering))
+        settings, given = _tempering(*(own if wanted is None else wanted for wanted, own in asked)), self._given(context, n)
+        options: dict[str, Any] = {"settings": settings, **self._asked(seed, compile, progress)}
+
+        def log_density(x: Tensor, *context: Tensor) -> Tensor:
+            return -self._energy(x, *context)
+
+        with isolated(self.home), _evaluating(self), torch.no_grad():
+            if start == "noise":
+                x = tempered(log_density, self.loc, self.scale, int(n), given, **options)
+            else:
+                x = move_on(log_density, self.loc, self.scale, self._kept(int(n), given), given, **options)
+            return x if self.preprocess is None else self.preprocess.inverse(x)
+
+    def _given(self, context: Any, n: int) -> list[Tensor]:
+        return [] if context is None and not self.context_dim else [self._like(self._context(context, n))]
+
+    def _kept(self, n: int, given: Sequence[Tensor]) -> Tensor:
+        kept = self.kept_chains()
+        if kept is None or given:
+            why = "chains are kept for no single context" if given else "the last fit kept no chains"
+            raise ValueError(f"start='chains' is not possible: {why}; use start='noise'")
+        return kept[0][torch.arange(n, device=self.loc.device) % len(kept[0])]
+
+    # -- composition --------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> EnergySum:
+        """The product of two densities."""
+        return EnergySum([(1.0, self)]) + other
+
+    def __sub__(self, other: Any) -> EnergySum:
+        """One density over another."""
+        return EnergySum([(1.0, self)]) - other
+
+    def __mul__(self, weight: float) -> EnergySum:
+        """The density to a power."""
+        return EnergySum([(1.0, self)]) * weight
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> EnergySum:
+        """The density turned upside down, to be added to others."""
+        return EnergySum([(-1.0, self)])
+
+
+class EnergySum:
+    r"""A weighted sum of energies: the product of densities to powers, :math:`p(x) \propto \prod_k p_k(x)^{w_k}`.
+
+    Made by ``a + b``, ``2 * a``, ``a - 0.5 * b`` of ``EnergyBased`` models over one kind of x; each keeps its preprocessing.
+    It is not trained, and not saved: its parts are.
+
+    Args:
+        terms: Weights and models.
+
+    References:
+        Hinton (2002), doi:10.1162/089976602760128018; Du, Li, Mordatch (2020), arXiv:2004.06030, section 3 (conjunction and
+        negation).
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, EnergyBased]]) -> None:
+        self.terms = tuple((float(weight), model) for weight, model in terms)
+        first = self.terms[0][1]
+        for weight, model in self.terms:
+            if model.event_shape != first.event_shape:
+                raise ValueError(f"energies of data of shapes {first.event_shape} and {model.event_shape} cannot be added")
+            if model.context_dim:
+                raise ValueError("an energy with a context cannot be added: it has a law for each context")
+            if model.preprocess is not None and model.preprocess.kind != "exact":
+                raise ValueError("an energy of dequantised data cannot be added: its preprocessing draws noise")
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of an energy should be a finite number, got {weight}")
+        self.event_shape = first.event_shape
+
+    def __add__(self, other: Any) -> EnergySum:
+        """The product of densities."""
+        if isinstance(other, EnergyBased):
+            other = EnergySum([(1.0, other)])
+        return EnergySum([*self.terms, *other.terms]) if isinstance(other, EnergySum) else NotImplemented
+
+    def __sub__(self, other: Any) -> EnergySum:
+        """One density over another."""
+        return self + -1.0 * other if isinstance(other, (EnergyBased, EnergySum)) else NotImplemented
+
+    def __mul__(self, weight: float) -> EnergySum:
+        """The density to a power."""
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        return EnergySum([(weight * own, model) for own, model in self.terms])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> EnergySum:
+        """The density turned upside down."""
+        return -1.0 * self
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """The weighted sum of log-densities without normaliser, as a tensor with a gradient, ``(N,)`` nats."""
+        parts = [weight * model.log_density(x) for weight, model in self.terms]
+        return sum(parts[1:], parts[0])
+
+    def log_prob(self, x: Any) -> Score:
+        """Log-density of each datum, ``unnormalised``."""
+        models = [model for _, model in self.terms]
+        batch = models[0]._batch("x", x)
+        with torch.no_grad(), _Evaluating(models):
+            value = self.log_density(batch["x"]).double()
+        return Score(value, "unnormalised", math.prod(self.event_shape), measure="density")
+
+    def energy(self, x: Any) -> Tensor:
+        """Minus that, ``(N,)`` nats."""
+        return -self.log_prob(x).value
+
+    def sample(
+        self, n: int = 1, *, num_temps: int = 200, num_steps: int = 100, leapfrog: int = 5, seed: Seed = 0,
+        compile: str = "auto", progress: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Draw x as ``EnergyBased.sample`` does, from noise.
+
+        Raises:
+            ValueError: If the weights leave no Gaussian term that keeps x from running away.
+        """
+        check_positive("n", n)
+        self._check_confined()
+        settings = _tempering(num_temps, num_steps, leapfrog)
+        options: dict[str, Any] = {"settings": settings, "seed": as_seed(seed), "compile": compile, "progress": progress}
+        with _Evaluating([model for _, model in self.terms]), torch.no_grad():
+            return tempered(self.log_density, *self._reference(), int(n), held=self._held(), **options)
+
+    def log_normalizer(
+        self, *, num_temps: int = 1000, num_chains: int = 100, leapfrog: int = 10, seed: Seed = 0, compile: str = "auto",
+        progress: bool = True,
+    ) -> LogNormalizer:  # fmt: skip
+        """log Z of the sum, as ``EnergyBased.log_normalizer`` finds it, in the units of the data."""
+        draws = self.sample(num_chains, seed=seed, compile=compile, progress=progress)
+        settings = AIS(num_temps, num_chains, leapfrog)
+        options: dict[str, Any] = {"seed": as_seed(seed), "compile": compile, "progress": progress, "held": self._held()}
+        with isolated(), _Evaluating([model for _, model in self.terms]), torch.no_grad():
+            return annealed_normalizer(self.log_density, *self._reference(), draws, settings=settings, **options)
+
+    def _held(self) -> list[Tensor]:
+        found = {id(t): t for _, model in self.terms for t in (*model.parameters(), *model.buffers())}
+        return list(found.values())
+
+    def _reference(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a Gaussian that covers the data of all parts of positive weight."""
+        own = [model for weight, model in self.terms if weight > 0]
+        low = torch.stack([m.data_loc - m.data_scale for m in own]).amin(0)
+        high = torch.stack([m.data_loc + m.data_scale for m in own]).amax(0)
+        return (low + high) / 2, (high - low) / 2
+
+    def _check_confined(self) -> None:
+        """Refuse a sum whose density grows without end."""
+        total = sum(weight * (1 / model.data_scale.square()) for weight, model in self.terms if model.confine)
+        if not isinstance(total, Tensor) or not bool((total > 0).all()):
+            weights = ", ".join(f"{weight:g}" for weight, _ in self.terms)
+            raise ValueError(
+                f"the weights ({weights}) leave nothing that keeps x from running away: what is taken off outweighs the "
+                "Gaussian terms of what is added; make negative weights smaller"
+            )
+
+
+class _Evaluating:
+    """Several models with dropout off, for a while."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self._each = [_evaluating(model) for model in models]
+
+    def __enter__(self) -> None:
+        for one in self._each:
+            one.__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        for one in reversed(self._each):
+            one.__exit__(*args)
+
+
+def _tempering(num_temps: int, num_steps: int, leapfrog: int) -> Tempering:
+    for name, value in (("num_temps", num_temps), ("num_steps", num_steps), ("leapfrog", leapfrog)):
+        check_positive(name, value)
+    return Tempering(int(num_temps), int(num_steps), int(leapfrog))
+
+
+class _Dense(nn.Module):
+    """A perceptron over all numbers of x and the context."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = MLP(inputs, hidden, outputs, activation)
+        if outputs == 1:  # the normaliser takes care of a constant
+            cast(nn.Linear, self.layers[-1]).bias = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Outputs ``(N, outputs)``."""
+        flat = x.flatten(1)
+        return self.layers(flat if context is None else torch.cat([flat, context], 1))
+
+
+class _Convolutional(nn.Module):
+    """Convolutions of which all but the first halve the image, and a linear layer over what is left."""
+
+    def __init__(
+        self, event_shape: Sequence[int], channels: Sequence[int], outputs: int, activation: Callable[[], nn.Module]
+    ) -> None:
+        super().__init__()
+        if len(event_shape) not in (2, 3):
+            raise ValueError(f"energy='conv' needs images (H, W) or (C, H, W), got event shape {tuple(event_shape)}")
+        size = (1, *event_shape) if len(event_shape) == 2 else tuple(event_shape)
+        self.size = size
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(zip((size[0], *channels), channels)):
+            stride = 2 if number else 1
+            layers += [nn.Conv2d(before, after, 3 + (stride == 2), stride, padding=1), activation()]
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        height, width = (n >> (len(channels) - 1) for n in size[1:])
+        if not height or not width:
+            raise ValueError(f"`hidden` has {len(channels)} layers, which halve {tuple(event_shape)} to nothing; give fewer")
+        self.last = nn.Linear(channels[-1] * height * width, outputs, bias=outputs > 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``(N, outputs)``."""
+        return self.last(self.layers(x.reshape(-1, *self.size)))

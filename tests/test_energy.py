@@ -1,0 +1,337 @@
+"""Energy-based models and their objectives, where the answer is known."""
+
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from cases import seeded
+from torch import nn
+
+import pgen
+from pgen.data import Standardize
+from pgen.models import EnergyBased, Gaussian
+from pgen.objectives import (
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    NoiseContrastive,
+    PersistentContrastiveDivergence,
+    SlicedScoreMatching,
+)
+from pgen.samplers.mcmc import gibbs, hmc, langevin, start, with_gradient
+from pgen.training import Adam
+from pgen.training.fit import NonFinite
+
+VARIANCE = 1 / 2.5
+X = seeded(lambda: math.sqrt(VARIANCE) * torch.randn(2000, 2, dtype=torch.float64))
+
+
+class Quadratic(nn.Module):
+    """f(x) = exp(-|x|^2 / 2 v), whose Z is 2 pi v in the plane."""
+
+    def __init__(self, variance=1.0):
+        super().__init__()
+        self.log_precision = nn.Parameter(torch.tensor(-math.log(variance), dtype=torch.float64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.factor("energy", -0.5 * self.log_precision.exp() * x.square().sum(1))
+
+
+class Bowl(nn.Module):
+    """The same as the energy of a family."""
+
+    def __init__(self, centre=0.0, precision=1.0):
+        super().__init__()
+        self.log_precision = nn.Parameter(torch.tensor(math.log(precision)))
+        self.centre = centre
+
+    def forward(self, x):
+        return 0.5 * self.log_precision.exp() * (x - self.centre).square().flatten(1).sum(1)
+
+
+class TwoWells(nn.Module):
+    """Minus the log-density of 0.8 N(-3, 0.5^2) + 0.2 N(3, 0.5^2), which no Gaussian term is to change."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor([0.8, 0.2]).log())
+
+    def forward(self, x):
+        wells = torch.stack([-0.5 * ((x[:, 0] - m) / 0.5).square() for m in (-3.0, 3.0)], 1)
+        return -(wells + self.share).logsumexp(1)
+
+
+def fitted(objective, x=X, steps=150, lr=0.05, **options):
+    model = Quadratic()
+    options = {"optimizer": Adam(lr), "schedule": "cosine", "precision": "float64", "compile": "graph", **options}
+    run = pgen.Pair(model, lambda x: None).fit(x, objective=objective, steps=steps, progress=False, **options)
+    return float(model.log_precision.exp().detach()), run
+
+
+# --- samplers -------------------------------------------------------------------------------------------------------------
+
+
+def moments(x):
+    """Standardised deviations of mean and variance of N(0, v) draws from 0 and v, by their standard errors."""
+    return float(x.mean() / (x.std() / math.sqrt(len(x)))), float((x.var() / 1 - 1) / math.sqrt(2 / len(x)))
+
+
+def test_a_langevin_step_leaves_its_own_law_as_it_is():
+    """On N(0, 1) the unadjusted step is an autoregression, of variance 1 / (1 - eps^2 / 4): fails once in 100 000."""
+    size, density = 0.9, with_gradient(lambda u: -0.5 * u.square().sum(-1))
+    variance = 1 / (1 - size**2 / 4)
+
+    def step():
+        state = start(density, math.sqrt(variance) * torch.randn(200_000, 1, dtype=torch.float64))
+        return langevin(density, state, size)
+
+    state, info = seeded(step, 1)
+    mean, spread = moments(state.position[:, 0] / math.sqrt(variance))
+    assert abs(mean) < 4.5 and abs(spread) < 4.5 and bool(info.accepted.all())
+    assert abs(moments(state.position[:, 0])[1]) > 10  # the test can fail: the target's own variance is another
+
+
+@pytest.mark.parametrize("leapfrog", [1, 3])
+def test_corrected_steps_leave_the_target_as_it_is(leapfrog):
+    density = with_gradient(lambda u: -0.5 * u.square().sum(-1))
+    state, info = seeded(lambda: hmc(density, start(density, torch.randn(200_000, 1, dtype=torch.float64)), 0.9, leapfrog), 1)
+    mean, spread = moments(state.position[:, 0])
+    assert abs(mean) < 4.5 and abs(spread) < 4.5 and 0.5 < float(info.acceptance.mean()) < 1
+
+
+def test_a_gibbs_sweep_leaves_a_law_over_three_values_as_it_is():
+    """Chi-squared of 27 states, 26 degrees of freedom: fails once in 10 000."""
+    field = torch.tensor([0.5, -0.3, 0.2]).double()
+
+    def log_density(u):
+        return u @ field + 0.7 * u[..., 0] * u[..., 1] - 0.4 * u[..., 1] * u[..., 2]
+
+    values = torch.tensor([-1.0, 0.0, 2.0]).double()
+    states = torch.cartesian_prod(values, values, values)
+    share = log_density(states).softmax(0)
+
+    def sweep():
+        return gibbs(log_density, states[torch.multinomial(share, 50_000, replacement=True)], values)
+
+    x = seeded(sweep, 2)
+    counts = (x[:, None] == states).all(2).sum(0).double()
+    assert int(counts.sum()) == 50_000
+    assert float(((counts - 50_000 * share).square() / (50_000 * share)).sum()) < 62
+
+
+# --- objectives -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "hmc"])
+def test_persistent_chains_find_the_precision(sampler):
+    """Maximum likelihood: one over the data's mean square; of 1000 chains the standard error is about 3 %."""
+    objective = PersistentContrastiveDivergence(2, sampler, leapfrog=3, restart=0.02)
+    found, run = fitted(objective, batch_size=1000)
+    assert found == pytest.approx(1 / float(X.square().mean()), rel=0.1)
+    target = {"langevin": 0.574, "hmc": 0.65}[sampler]
+    assert float(run.history["acceptance"][-50:].mean()) == pytest.approx(target, abs=0.1)
+    assert run.word == "energy gap"
+
+
+def test_short_chains_from_the_data_find_it_too():
+    found, _ = fitted(ContrastiveDivergence(5, "langevin"), batch_size=1000)
+    assert found == pytest.approx(1 / float(X.square().mean()), rel=0.15)
+
+
+def test_sliced_score_matching_has_the_closed_form():
+    """The loss is P^2 S / 2 - P a coordinate, least at P = 1 / S; the curvature is diagonal, so directions do not matter."""
+    found, run = fitted(SlicedScoreMatching(), steps=400)
+    assert found == pytest.approx(1 / float(X.square().mean()), rel=1e-4)
+    assert run.history["loss"][-1] == pytest.approx(-found, rel=1e-4)  # two coordinates, - P / 2 each
+
+
+def test_denoising_score_matching_finds_the_blurred_law():
+    found, _ = fitted(DenoisingScoreMatching(0.4), x=X.repeat(10, 1), steps=150)
+    assert found == pytest.approx(1 / (float(X.square().mean()) + 0.16), rel=0.03)
+
+
+def test_noise_contrast_learns_the_normaliser():
+    noise = Gaussian((2,), "diagonal")
+    found, run = fitted(NoiseContrastive(noise, ratio=3), x=X.repeat(3, 1), steps=250)
+    assert found == pytest.approx(1 / float(X.square().mean()), rel=0.05)
+    assert run.history["log_normalizer"][-1] == pytest.approx(math.log(2 * math.pi / found), abs=0.05)
+    assert not noise.primed  # it was fitted on a copy
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PersistentContrastiveDivergence(2, "hmc", num_chains=7, restart=0.3, leapfrog=2),
+        ContrastiveDivergence(2, "unadjusted"),
+        DenoisingScoreMatching(0.3),
+        SlicedScoreMatching(2),
+        NoiseContrastive(Gaussian((2,)), 2),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_tiers_agree(objective):
+    losses = []
+    for tier in ("eager", "graph"):
+        model = EnergyBased((2,), hidden=(6,))
+        run = model.fit(X[:20], objective=objective, batch_size=5, steps=8, compile=tier, precision="float64", progress=False)
+        assert run.tier == tier
+        losses.append(run.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-12)
+
+
+def test_a_fit_goes_on_where_it_stopped_with_its_chains(tmp_path):
+    def fit(steps, folder):
+        model = EnergyBased((2,), hidden=(6,))
+        objective = PersistentContrastiveDivergence(1, num_chains=12, restart=0.1)
+        options = {"objective": objective, "batch_size": 5, "compile": "graph", "progress": False, "schedule": "constant"}
+        return model, model.fit(X[:20].float(), steps=steps, checkpoint=folder, **options)
+
+    whole, run = fit(9, None)
+    fit(4, tmp_path)
+    again, resumed = fit(9, tmp_path)
+    np.testing.assert_array_equal(resumed.history["loss"], run.history["loss"])
+    for first, second in zip(whole.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(first, second)
+
+
+def test_a_further_fit_begins_at_the_chains_that_were_kept():
+    model = EnergyBased((2,), hidden=(6,))
+    model.fit(X[:20].float(), steps=3, progress=False)
+    kept = model.chains.clone()
+    begun = PersistentContrastiveDivergence().begin(model.model, model.guide, {"x": X[:20].float()})
+    assert torch.equal(begun.chains.x, kept)
+
+
+def test_chains_that_diverge_are_named_and_nothing_is_lost():
+    model = EnergyBased((2,), hidden=(6,))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    objective = ContrastiveDivergence(2, "unadjusted", step_size=1e18)
+    with pytest.raises(NonFinite, match=r"the chains diverged .* use a smaller step_size, or sampler='langevin'") as caught:
+        model.fit(X[:20].float(), objective=objective, steps=20, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert caught.value.run.skipped == 5
+
+
+def test_an_energy_that_is_not_a_number_is_named():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return (self.weight * x).sum(1).log()
+
+    with pytest.raises(ValueError, match=r"'x'.*(finite|nan)"):
+        EnergyBased((2,), Broken()).fit(X[:20].float(), steps=5, progress=False)
+
+
+# --- the family -----------------------------------------------------------------------------------------------------------
+
+
+def plain(energy, shape=(1,), **settings):
+    """A family whose energy is this module alone, its Gaussian of reference N(0, 4^2)."""
+    model = EnergyBased(shape, energy, confine=False, **settings)
+    model.scale.fill_(4.0)
+    model.data_scale.fill_(4.0)
+    return model
+
+
+def test_the_normaliser_lies_between_its_bounds():
+    model = plain(Bowl(1.0, 4.0), (2,))
+    model.scale.fill_(1.5)
+    truth = math.log(2 * math.pi / 4)
+    found = model.log_normalizer(num_temps=60, num_chains=60, leapfrog=5, progress=False)
+    assert found.lower < truth < found.upper and found.gap < 1
+    assert abs(found.value - truth) < 5 * found.error
+    score = model.log_prob(torch.ones(1, 2))
+    assert score.kind == "estimate" and score.mean == pytest.approx(-found.value, abs=1e-6)
+    assert float(score.mc_error[0]) == pytest.approx(found.error)
+
+
+def test_samples_have_the_shares_of_the_modes():
+    """Of 1000 particles 800 are expected left; chains from noise without weights would give each well its basin's share."""
+    x = plain(TwoWells()).sample(1000, num_temps=60, num_steps=10, progress=False)
+    assert float((x < 0).float().mean()) == pytest.approx(0.8, abs=0.06)
+    assert float(x[x < 0].std()) == pytest.approx(0.5, abs=0.06)
+    assert float(x[x < 0].mean()) == pytest.approx(-3, abs=0.1)
+
+
+def test_samples_come_in_the_units_of_the_data():
+    x = (5 + 3 * X).float()
+    model = EnergyBased((2,), hidden=(4,), preprocess=Standardize())
+    model.fit(x, steps=2, progress=False)
+    drawn = model.sample(400, num_temps=30, num_steps=5, progress=False)
+    assert drawn.mean(0).tolist() == pytest.approx(x.mean(0).tolist(), abs=0.6)
+    again = model.sample(50, start="chains", num_steps=3, progress=False)
+    assert again.shape == (50, 2) and float((again - x.mean(0)).abs().max()) < 20
+
+
+def test_the_classifier_is_the_softmax_of_the_logits():
+    model = EnergyBased((2,), hidden=(6,), num_classes=3)
+    x, y = X[:50].float(), (X[:50, 0] > 0).long() + (X[:50, 1] > 0.3).long()
+    model.fit({"x": x, "labels": y}, objective=ContrastiveDivergence(), epochs=40, optimizer=0.05, progress=False)
+    with torch.no_grad():
+        logits = model.network(x)
+    torch.testing.assert_close(model.predict_proba(x), logits.softmax(1))
+    joint = model.log_prob({"x": x, "labels": y}).value - model.log_prob(x).value
+    torch.testing.assert_close(joint, logits.log_softmax(1).gather(1, y[:, None])[:, 0].double(), atol=1e-5, rtol=1e-5)
+    assert float((model.predict_proba(x).argmax(1) == y).float().mean()) > 0.8
+
+
+def test_a_product_of_two_gaussians_is_one():
+    """N(-1, 1/2) times N(2, 1)^2 has precision 2 + 2 and mean (-2 + 4) / 4."""
+    first, second = plain(Bowl(-1.0, 2.0)), plain(Bowl(2.0, 1.0))
+    for model in (first, second):
+        model.confine = True
+        model.scale.fill_(1e3)
+        model.data_scale.fill_(2.0)
+    both = first + 2 * second
+    x = both.sample(1500, num_temps=60, num_steps=20, progress=False)
+    assert float(x.mean()) == pytest.approx(0.5, abs=0.07) and float(x.var()) == pytest.approx(0.25, abs=0.04)
+    at = torch.linspace(-1, 1, 5)[:, None]
+    torch.testing.assert_close(both.energy(at), first.energy(at) + 2 * second.energy(at))
+    assert both.log_prob(at).kind == "unnormalised"
+    found = both.log_normalizer(num_temps=40, num_chains=40, leapfrog=3, progress=False)
+    truth = 0.5 * math.log(2 * math.pi / 4) - 0.5 * (2 + 8 - 4 * 0.25)
+    assert abs(found.value - truth) < 5 * found.error < 0.5 and found.lower < truth < found.upper
+
+
+def test_an_energy_is_taken_off_another():
+    """N(0, 1/4) over N(1, 1) has precision 3 and mean -1/3."""
+    first, second = plain(Bowl(0.0, 4.0)), plain(Bowl(1.0, 1.0))
+    first.confine, first.scale[:], first.data_scale[:] = True, 1e3, 2.0
+    x = (first - second).sample(1000, num_temps=40, num_steps=10, progress=False)
+    assert float(x.mean()) == pytest.approx(-1 / 3, abs=0.07) and float(x.var()) == pytest.approx(1 / 3, abs=0.05)
+    assert (-first).terms[0][0] == -1.0
+    with pytest.raises(ValueError, match=r"the weights \(1, -5\) leave nothing that keeps x from running away"):
+        first.confine = second.confine = True
+        (first - 5 * second).sample(5)
+
+
+def test_slips_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`num_classes` should be 0 .* or 2 and more, got 1"):
+        EnergyBased((2,), num_classes=1)
+    with pytest.raises(ValueError, match="Bowl is a module of your own, which no file can hold"):
+        plain(Bowl()).save(tmp_path / "model.pgen")
+    with pytest.raises(ValueError, match=r"`energy` should give shape \(20,\) for 20 data, got \(20, 3\)"):
+        EnergyBased((2,), nn.Linear(2, 3)).fit(X[:20].float(), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"energy='conv' needs images .* got event shape \(2,\)"):
+        EnergyBased((2,), "conv")
+    with pytest.raises(ValueError, match="start='chains' is not possible: the last fit kept no chains"):
+        EnergyBased((2,)).sample(3, start="chains")
+    with pytest.raises(ValueError, match="made without classes"):
+        EnergyBased((2,)).fit({"x": X[:5].float(), "labels": torch.zeros(5)}, steps=1, progress=False)
+    with pytest.raises(pgen.NotAvailable, match="no classes"):
+        EnergyBased((2,)).predict_proba(X[:2].float())
+    with pytest.raises(ValueError, match=r"shapes .* cannot be added"):
+        EnergyBased((2,)) + EnergyBased((3,))
+    with pytest.raises(ValueError, match=r"`noise` has event shape \(3,\), the data \(2,\)"):
+        EnergyBased((2,)).fit(X[:20].float(), objective=NoiseContrastive(Gaussian((3,))), steps=1, progress=False)
+    with pytest.raises(TypeError, match="`noise` should be a model"):
+        NoiseContrastive("gaussian")
+    with pytest.raises(ValueError, match="needs a model without latents, and this one draws 'z'"):
+        pgen.models.VAE((2,), latent_dim=1, likelihood="gaussian").fit(
+            X[:20].float(), objective=DenoisingScoreMatching(), steps=1, progress=False
+        )
