@@ -739,8 +739,13 @@ class GenerativeModel(_Questions, PyroModule):
         batch = cast(dict[str, Any], batch)
         if self.preprocess is None:
             return batch, None
-        x, log_det = self.preprocess.forward_with_log_det(batch["x"])
+        x, log_det = self.preprocess.forward_with_log_det(batch["x"], **self._seen(batch))
         return {**batch, "x": x}, log_det
+
+    def _seen(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What preprocessing number by number needs to know of missing entries."""
+        by_number = isinstance(self.preprocess, Standardize) and "observed" in batch
+        return {"observed": batch["observed"]} if by_number else {}
 
     def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch; a bound is in the units of the data."""
@@ -811,7 +816,7 @@ class GenerativeModel(_Questions, PyroModule):
         batch = self._placed(batch)
         held_out = None if validation is None else self._batch("validation", validation, validation_context)
         if self.preprocess is not None and not self.primed:
-            self.preprocess.fit(batch["x"])
+            self.preprocess.fit(batch["x"], **self._seen(batch))
         asked = (source, objective, optimizer, epochs, steps, batch_size, training)
         changed = {name for name, value in options.items() if value != getattr(Training, name, ...)}
         plain = all(option is None for option in asked) and changed <= {"device", "precision"}
@@ -929,10 +934,9 @@ class GenerativeModel(_Questions, PyroModule):
         if given is not None:
             check_event_shape("observed", given, self.event_shape)
         observed = ~torch.isnan(x) if given is None else given.bool() & ~torch.isnan(x)
-        if self.preprocess is not None and not bool(observed.all()):
-            raise ValueError(
-                "x has missing entries (NaN), which `preprocess` would count as data; prepare x yourself, NaN kept"
-            )
+        if self.preprocess is not None and not isinstance(self.preprocess, Standardize) and not bool(observed.all()):
+            own = type(self.preprocess).__name__
+            raise ValueError(f"x has missing entries (NaN), which {own} would count as data; take Standardize() or prepare x")
         return observed
 
     def _context(self, context: Any, length: int) -> Tensor:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pgen.contracts import Batch
+    from pgen.data import Table
 
 __all__ = ["main", "run"]
 
@@ -58,6 +59,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="An argument of the family's constructor; see `pgen models`. Repeat it."),
 ]
+Columns = Annotated[str | None, typer.Option("--columns", metavar="A,B", help="Columns of a table to take; all by default.")]
+Without = Annotated[str | None, typer.Option("--without", metavar="A,B", help="Columns of a table to leave out.")]
+Categorical = Annotated[
+    str | None, typer.Option("--categorical", metavar="A,B", help="Columns of numbers that are categories; text always is.")
+]
+Complete = Annotated[bool, typer.Option("--complete", help="Leave out rows of a table that have missing entries.")]
 Seed = Annotated[int, typer.Option("--seed", help="Keys every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 
@@ -121,6 +128,10 @@ def fit(
     likelihood: Annotated[
         str | None, typer.Option("--likelihood", help="bernoulli, categorical, gaussian, ...; left out, the data decide.")
     ] = None,
+    columns: Columns = None,
+    without: Without = None,
+    categorical: Categorical = None,
+    complete: Complete = False,
     guide: Annotated[str | None, typer.Option("--guide", help="For your own model: mean_field, full_rank or flow.")] = None,
     pictures: Annotated[
         int | None, typer.Option("--pictures", metavar="STEPS", help="Draw samples into OUT/progress every so many steps.")
@@ -135,7 +146,8 @@ def fit(
     _check_out(out, overwrite, resume)
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
-        _refuse("a program of your own", options | {"--pictures": pictures})
+        reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
+        _refuse("a program of your own", options | reads | {"--pictures": pictures})
         subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
     else:
         _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
@@ -143,7 +155,10 @@ def fit(
         for option, value in (("latent_dim", latent_dim), ("likelihood", likelihood)):
             if value is not None and given.setdefault(option, value) != value:
                 raise ValueError(f"--set and --{option.replace('_', '-')} say different things: {given[option]} and {value}")
-        subject = runs.Subject.family(source[0], model, given, seed)
+        reading = _reading(columns, without, categorical, complete)
+        subject = runs.Subject.family(source[0], model, given, seed, reading)
+        if subject.about["data"]["held"] and not quiet:
+            _say(f"columns: {subject.about['data']['held']}")
     code = 0
     try:
         subject.model.fit(
@@ -180,7 +195,7 @@ def sample(
     png = folder / "samples.png" if png is None and out is None else png
     columns = record["data"].get("columns") if "family" in record["model"] else None
     if out is not None:
-        _write_rows(out, x, columns)
+        _write_rows(out, x, columns, runs.table_of(record))
     if png is not None:
         pgen.plots.save(pgen.plots.sample_grid(x, names=columns), png)
     files = [str(path) for path in (png, out) if path is not None]
@@ -229,6 +244,10 @@ def compare(
     likelihood: Annotated[
         str | None, typer.Option("--likelihood", help="How values are seen: bernoulli, categorical, gaussian, ...")
     ] = None,
+    columns: Columns = None,
+    without: Without = None,
+    categorical: Categorical = None,
+    complete: Complete = False,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Latent draws a datum, where there are latents.")] = 100,
     seed: Seed = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
@@ -241,6 +260,8 @@ def compare(
     failed: dict[str, str] = {}
     if models is None:
         _refuse("fitted runs", {"--epochs": epochs, "--batch-size": batch_size, "--set": settings, "--likelihood": likelihood})
+        reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
+        _refuse("fitted runs", reads)
         if len(source) < 3:
             raise ValueError(
                 "name families, `pgen compare DATA --models gaussian,vae`, or two runs: `pgen compare RUN1 RUN2 DATA`"
@@ -251,7 +272,8 @@ def compare(
         names = runs.check_models(models)
         given = runs.parse_each(settings or [], names)
         training = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": not quiet}
-        parts = runs.Parts.of(source[0], likelihood, seed, test=True)
+        reading = _reading(columns, without, categorical, complete)
+        parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True)
         fitted, about, failed = runs.fit_each(parts, names, given, training, None if quiet else _say)
         if not fitted:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
@@ -266,6 +288,15 @@ def compare(
         _facts(console, {"folder": f"{out}: {', '.join(result['files'])}"})
 
     return Result(result, show, int(bool(failed)))
+
+
+def _reading(columns: str | None, without: str | None, categorical: str | None, complete: bool) -> runs.Reading:
+    """Names separated by commas, as tuples."""
+
+    def names(text: str | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+    return runs.Reading(names(columns) or None, names(without), names(categorical), complete)
 
 
 def _say(line: str) -> None:
@@ -399,12 +430,18 @@ def _replicates(pair: Any, batch: Batch, num: int, seed: int) -> Tensor:
     return next(iter(sites.values()))
 
 
-def _write_rows(path: Path, x: Tensor, columns: Sequence[str] | None) -> None:
+def _write_rows(path: Path, x: Tensor, columns: Sequence[str] | None, table: Table | None = None) -> None:
+    """Write rows as numbers; in a ``.csv`` the categories of a table as its texts."""
+    import csv
+
     import numpy as np
 
     rows = x.detach().cpu().numpy()
     if path.suffix == ".npy":
         np.save(path, rows, allow_pickle=False)
+    elif path.suffix == ".csv" and table is not None and columns:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([list(columns), *table.rows(x)])
     elif path.suffix == ".csv":
         flat = rows.reshape(len(rows), -1)
         names = columns or [f"x{i}" for i in range(flat.shape[1])]
@@ -535,6 +572,7 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
     facts = {
         "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
         "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
+        "columns": data["held"],
         name: f"{_number(value)}{error}{unit} ({done['bound_of']})",
         "training": f"{done['steps']} steps, {_number(done['epochs'], 1)} epochs, {_number(done['seconds'], 1)} s",
         "seed": str(done["seed"]),

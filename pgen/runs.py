@@ -28,7 +28,7 @@ from torch import Tensor
 
 import pgen
 from pgen.contracts import Batch, Run, check_choice, nearest
-from pgen.data import Loaded
+from pgen.data import Loaded, Table
 from pgen.distributions.observation import LEVELS
 from pgen.evaluation.compare import Comparison
 from pgen.training.checkpoint import Checkpoint
@@ -44,6 +44,7 @@ __all__ = [
     "HeldOut",
     "Parts",
     "Program",
+    "Reading",
     "Subject",
     "batch",
     "check_models",
@@ -181,7 +182,9 @@ class Subject:
     about: dict[str, dict[str, Any]]
 
     @classmethod
-    def family(cls, source: str, name: str | None, settings: dict[str, Any], seed: int) -> Subject:
+    def family(
+        cls, source: str, name: str | None, settings: dict[str, Any], seed: int, reading: Reading | None = None
+    ) -> Subject:
         """A family for the data in ``source``, with held-out data beside it.
 
         Args:
@@ -189,21 +192,21 @@ class Subject:
             name: Of the family.
             settings: Of its constructor; None, or left out, where the data and the family decide (``GenerativeModel.suggest``).
             seed: Keys the initial parameters and what is held out.
+            reading: How a table is read.
         """
         families = pgen.models.REGISTRY
         if name is None:
             raise ValueError(f"--model is missing: name a family{nearest('', families)}")
         check_choice("--model", name, tuple(families))
         settings = check_settings(name, settings)
-        parts = Parts.of(source, settings.get("likelihood"), seed, test=False, density=families[name].has_density)
+        parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, density=families[name].has_density)
         return cls.of_parts(parts, name, settings, seed)
 
     @classmethod
-    def of_parts(cls, parts: Parts, name: str, settings: dict[str, Any], seed: int) -> Subject:
+    def of_parts(cls, parts: Parts, name: str, settings: dict[str, Any], seed: int, *, alike: bool = False) -> Subject:
         """A family for data that are held out already."""
         family, prepared = pgen.models.REGISTRY[name], dict(parts.prepared)
-        if parts.asked:
-            settings = {"likelihood": parts.asked, **settings}
+        settings = parts.columned(name, {**({"likelihood": parts.asked} if parts.asked else {}), **settings}, alike=alike)
         found = {**family.suggest(torch.cat(parts.x), settings), **settings}
         if "levels" in prepared and "num_classes" in found:
             found["num_classes"] = settings.get("num_classes", prepared["levels"])
@@ -215,6 +218,7 @@ class Subject:
         model = make(tuple(parts.x[0].shape[1:]), **given)
         prepared |= _preprocessed(model.preprocess)
         data = {**_about(parts.source, parts.loaded), "validation": len(parts.x[1]), "prepared": prepared, "given": "whole"}
+        data |= parts.told(model)
         about = {"model": {"family": name, "settings": model.settings()}, "data": data}
         return cls(model, parts.x[0], parts.x[1], parts.loaded.labels, about)
 
@@ -227,7 +231,7 @@ class Subject:
         given = _how_given(own.functions[0], loaded)
         about = {
             "model": {**own.describe(), "guide": rung},
-            "data": {**_about(source, loaded), "validation": 0, "prepared": {}, "given": given},
+            "data": {**_about(source, loaded), "validation": 0, "prepared": {}, "given": given, "categories": None, "held": ""},
         }
         return cls(own.pair(rung), _arguments(loaded, given), None, loaded.labels, about)
 
@@ -249,14 +253,135 @@ class Parts:
     x: list[Tensor]
     prepared: dict[str, Any]
     asked: str | None = None
+    table: Table | None = None
 
     @classmethod
-    def of(cls, source: str, likelihood: str | None, seed: int, *, test: bool, density: bool = True) -> Parts:
+    def of(
+        cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, density: bool = True
+    ) -> Parts:
         """The parts of ``source``: its own split where it has one, else drawn by the seed."""
-        loaded = _held_out(source, seed, test=test)
+        table, loaded = _held_out(source, seed, reading or Reading(), test=test)
         given = [cast(Tensor, part.data) for part in loaded]
-        prepared = _observation(torch.cat(given), likelihood)[1] if density else {}
-        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], prepared, likelihood)
+        plain = table is None or not (any(table.categories) or table.missing)
+        prepared = _observation(torch.cat(given), likelihood)[1] if density and plain else {}
+        prepared |= {"complete": True} if reading and reading.complete else {}
+        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], prepared, likelihood, table)
+
+    def columned(self, name: str, settings: dict[str, Any], *, alike: bool = False) -> dict[str, Any]:
+        """Settings with the kinds of columns where the family takes them and they differ.
+
+        Args:
+            name: Of the family.
+            settings: Its settings so far.
+            alike: Whether binary columns count as numbers, as for families beside it that know no kinds of columns.
+
+        Raises:
+            ValueError: If the family cannot take what the table holds.
+        """
+        if self.table is None:
+            return settings
+        _check_takes(name, self.table)
+        if not _takes_columns(name) or "columns" in settings:
+            return settings
+        if any(self.table.categories) or (not alike and "likelihood" not in settings and len(set(self.table.columns)) > 1):
+            return {**settings, "columns": self.table.columns}
+        return settings
+
+    def told(self, model: Any) -> dict[str, Any]:
+        """What the record says of a table's columns: the texts of categories, and in words what each column was taken as."""
+        if self.table is None:
+            return {"categories": None, "held": ""}
+        categories = [list(texts) for texts in self.table.categories]
+        if getattr(model, "columns", None) and len(set(self.table.columns)) > 1:
+            return {"categories": categories, "held": self.table.words() + self._codes()}
+        seen = getattr(model, "likelihood", None) or ("categorical" if self.prepared.get("counts") else "continuous")
+        return {"categories": categories, "held": f"{seen}: all {len(categories)}"}
+
+    def _codes(self) -> str:
+        """Columns of numbers that look like codes of categories."""
+        table = cast(Table, self.table)
+        numbers = zip(table.names, table.columns, table.x.unbind(1))
+        found = [name for name, kind, column in numbers if kind == "continuous" and _few_values(column)]
+        return f" (few whole values in {', '.join(found)}: categories?)" if found else ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a table is read.
+
+    Attributes:
+        columns: Names of the columns to take; None for all.
+        without: Names of columns to leave out.
+        categorical: Names of columns of numbers that are categories.
+        complete: Whether rows with missing entries are left out.
+    """
+
+    columns: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    complete: bool = False
+
+    def table(self, source: str) -> Table:
+        """The table of a file."""
+        columns = self.columns
+        if self.without:
+            names = columns or pgen.data.column_names(source)
+            for name in self.without:
+                check_choice("--without", name, names)
+            columns = tuple(name for name in names if name not in self.without)
+        table = pgen.data.table(source, columns, categories=self.categorical)
+        return _complete(table) if self.complete else table
+
+
+def _complete(table: Table) -> Table:
+    """The rows without a missing entry."""
+    whole = ~table.x.isnan().any(1)
+    if not bool(whole.any()):
+        raise ValueError(f"{table.name} has no row without a missing entry; leave columns out with --without")
+    return replace(table, x=table.x[whole])
+
+
+_FEW_VALUES = 10
+
+
+def _few_values(column: Tensor) -> bool:
+    """Whether a column holds whole numbers of few values, as codes do."""
+    seen = column[~column.isnan()]
+    return bool((seen == seen.round()).all()) and len(seen.unique()) <= _FEW_VALUES
+
+
+def _takes_columns(name: str) -> bool:
+    """Whether a family knows kinds of the columns of a table; sequences have columns in each frame."""
+    family = pgen.models.REGISTRY[name]
+    return "columns" in inspect.signature(family).parameters and "lengths" not in family.also
+
+
+def _check_takes(name: str, table: Table) -> None:
+    """Refuse categories and missing entries where the family knows neither."""
+    families = pgen.models.REGISTRY
+    texts = [column for column, categories in zip(table.names, table.categories) if categories]
+    if texts and not _takes_columns(name):
+        takes = [family for family in sorted(families) if _takes_columns(family)]
+        raise ValueError(
+            f"{name} takes numbers alone, and {_listed(texts)} categories: choose {_either(takes)}, or leave such columns "
+            f"out with --without"
+        )
+    if table.missing and "observed" not in families[name].also:
+        takes = [family for family in sorted(families) if "observed" in families[family].also]
+        (column, count), *others = table.missing.items()
+        more = f", and {len(others)} more columns have some" if others else ""
+        raise ValueError(
+            f"{count} of {len(table.x)} entries are missing in column {column!r}{more}, which {name} cannot take: choose "
+            f"{_either(takes)}, or leave such rows out with --complete"
+        )
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _listed(names: list[str]) -> str:
+    return f"column {names[0]!r} holds" if len(names) == 1 else f"columns {', '.join(names)} hold"
 
 
 def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -340,11 +465,25 @@ def _load(source: str, part: str | None = None) -> Loaded:
     return Loaded(getattr(split, part), None, getattr(split.labels, part, None), f"{name}:{part}")
 
 
-def _held_out(source: str, seed: int, *, test: bool) -> list[Loaded]:
-    """Data to fit, to validate on, and to test on if asked for: the split of the source itself, or shares drawn by the seed."""
+def _is_table(source: str) -> bool:
+    return source.lower().endswith((".csv", ".csv.gz")) and Path(source).is_file()
+
+
+def _held_out(source: str, seed: int, reading: Reading, *, test: bool) -> tuple[Table | None, list[Loaded]]:
+    """The table if it is one, and data to fit, to validate on, and to test on if asked for.
+
+    The parts are the split of the source itself, or shares drawn by the seed.
+    """
+    if not _is_table(source) and reading != Reading():
+        raise ValueError(f"{source} is no table with named columns; leave --columns, --without, --categorical, --complete out")
     if source in SPLITS and not Path(source).exists():
-        return [_load(source, part) for part in (_PARTS if test else _PARTS[:2])]
-    loaded = _load(source)
+        return None, [_load(source, part) for part in (_PARTS if test else _PARTS[:2])]
+    table = reading.table(source) if _is_table(source) else None
+    return table, _shares(_load(source) if table is None else _of_table(table), source, seed, test=test)
+
+
+def _shares(loaded: Loaded, source: str, seed: int, *, test: bool) -> list[Loaded]:
+    """Data to fit, to validate on, and to test on if asked for, drawn by the seed."""
     x = loaded.data
     if not isinstance(x, Tensor):
         raise ValueError(f"{source} holds several arrays; a family is fitted to one: save it as .npy")
@@ -355,6 +494,11 @@ def _held_out(source: str, seed: int, *, test: bool) -> list[Loaded]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = [order[tested:], order[:held], order[held:tested]][: 3 if test else 2]
     return [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in parts]
+
+
+def _of_table(table: Table) -> Loaded:
+    named = table.names != tuple(str(number) for number in range(len(table.names)))
+    return Loaded(table.x, table.names if named else None, None, table.name)
 
 
 def _at(labels: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -477,7 +621,8 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
     train: Any = subject.train
     few, many = (24, 64) if train.dim() > 2 else (500, 1000)
     shown, names = train[:few] if subject.validation is None else subject.validation[:few], subject.about["data"]["columns"]
-    if train.shape[1:] == (2,) and model.has_density:
+    plane = train.shape[1:] == (2,) and all(kind == "continuous" for kind in model.settings().get("columns") or ())
+    if plane and model.has_density and not bool(train.isnan().any()):
         score = model.log_prob(train[:2], progress=False)
         if (score.kind, score.measure) == ("exact", "density"):
             pictures["density.png"] = lambda: plots.density(model, train, names=names)
@@ -537,9 +682,10 @@ def fit_each(
         Fitted models, what there is to say about each fit, and why others could not be fitted, each by name.
     """
     fitted, about, failed = {}, {}, {}
+    alike, shown = not all(map(_takes_columns, names)), ""
     for name in names:
         try:
-            model = Subject.of_parts(parts, name, settings[name], training["seed"]).model
+            model = Subject.of_parts(parts, name, settings[name], training["seed"], alike=alike).model
             options = {k: v for k, v in training.items() if k in ("seed", "progress")} if model.solvable else training
             run = model.fit(parts.x[0], validation=parts.x[1], **options)
         except (ValueError, FloatingPointError) as error:
@@ -550,6 +696,9 @@ def fit_each(
         size = sum(p.numel() for p in model.parameters())
         fitted[name], about[name] = model, {"settings": model.settings(), "parameters": size, **summary(run)}
         if say:
+            if (held := parts.told(model)["held"]) not in ("", shown):
+                say(f"columns: {held}")
+                shown = held
             how = f"{run.steps} steps in {run.seconds:.1f} s" if run.steps else run.stopped
             say(f"{name}: {run.figure}, {how}")
     return fitted, about, failed
@@ -564,7 +713,7 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
     for folder in folders:
         model, record = open_run(Path(folder), None)
         data = batch(source, record)
-        if seen and (data.shape != seen[0].shape or not bool((data == seen[0]).all())):
+        if seen and not _same(data, seen[0]):
             raise ValueError(
                 f"{folders[0]} and {folder} see {source} differently prepared; fit both with the same --likelihood"
             )
@@ -572,6 +721,11 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
         scores[folder] = model.log_prob(data, **options)
         about[folder] = {"settings": record["model"].get("settings"), **record["run"]}
     return pgen.compare(scores), about
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two arrays hold the same, missing entries at the same places."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def save_models(out: Path, fitted: dict[str, Any]) -> None:
@@ -625,7 +779,7 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
 def batch(source: str, record: dict[str, Any]) -> Any:
     """Data for a question, prepared and given as they were to the fit; of a bundled set its test data."""
     about = record["data"]
-    loaded = _load(source, None if "file" in record["model"] else "test")
+    loaded = _loaded(source, record, None if "file" in record["model"] else "test")
     return _prepare(_arguments(loaded, about["given"]), about["prepared"])
 
 
@@ -658,11 +812,11 @@ def held_out(source: str, train: str | None, record: dict[str, Any]) -> HeldOut:
     """
     about = record["data"]
     loaded: Loaded | None
-    loaded, said = _fitted_to(record) if train is None else (_load(train, "train"), train)
+    loaded, said = _fitted_to(record) if train is None else (_loaded(train, record, "train"), train)
     if source == about["source"] and not _is_split(source):
-        held, said_real = _held_out(source, record["run"]["seed"], test=False)[1], f"the rows of {source} that the fit held out"
+        held, said_real = _parts_of(record)[1], f"the rows of {source} that the fit held out"
     else:
-        held, said_real = _load(source, "test"), source
+        held, said_real = _loaded(source, record, "test"), source
 
     def prepared(part: Loaded) -> Tensor:
         found = _prepare(_arguments(part, about["given"]), about["prepared"])
@@ -682,11 +836,19 @@ def _is_split(source: str) -> bool:
     return source.partition(":")[0] in SPLITS and not Path(source).exists()
 
 
+def _parts_of(record: dict[str, Any]) -> list[Loaded]:
+    """What a run was fitted to and what it held out, read and drawn again."""
+    source, seed = record["data"]["source"], record["run"]["seed"]
+    if source in SPLITS and not Path(source).exists():
+        return [_load(source, part) for part in _PARTS[:2]]
+    return _shares(_loaded(source, record, None), source, seed, test=False)
+
+
 def _fitted_to(record: dict[str, Any]) -> tuple[Loaded | None, str]:
     """The rows that a run was fitted to, drawn again from its source by its seed; or why they cannot be had."""
     source = record["data"]["source"]
     try:
-        loaded = _held_out(source, record["run"]["seed"], test=False)[0]
+        loaded = _parts_of(record)[0]
     except (OSError, ValueError) as error:
         return None, f"not at hand ({error}); name them with --train"
     if len(cast(Tensor, loaded.data)) != record["data"]["train"]:
@@ -701,6 +863,33 @@ def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
     except pgen.NotAvailable as reason:
         return {"kind": None, "mean": None, "std_error": None, "bits_per_dim": None, "text": f"not available: {reason}"}
     return {name: getattr(score, name) for name in ("kind", "mean", "std_error", "bits_per_dim")} | {"text": str(score)}
+
+
+def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:
+    """Data read as those of the fit were."""
+    about = record["data"]
+    if about["categories"] is not None and _is_table(source):
+        return _of_table(_again(source, about))
+    return _load(source, part)
+
+
+def table_of(record: dict[str, Any]) -> Table | None:
+    """The columns of the table that a run was fitted to, without rows."""
+    categories = record["data"]["categories"]
+    if categories is None:
+        return None
+    names = record["data"]["columns"] or [str(number) for number in range(len(categories))]
+    return Table(torch.zeros(0, len(categories)), tuple(names), tuple(map(tuple, categories)), record["data"]["source"])
+
+
+def _again(source: str, about: dict[str, Any]) -> Table:
+    """A table read as that of the fit was: the same columns by name, the same categories."""
+    texts = {name: found for name, found in zip(about["columns"] or (), about["categories"]) if found}
+    table = pgen.data.table(source, about["columns"], categories=texts)
+    whole = _complete(table) if about["prepared"].get("complete") else table
+    if left := len(table.x) - len(whole.x):
+        print(f"note: {left} of {len(table.x)} rows have missing entries and are left out", file=sys.stderr)
+    return whole
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------
@@ -771,6 +960,8 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "validation": int,
         "shape": (list, type(None)),
         "columns": (list, type(None)),
+        "categories": (list, type(None)),
+        "held": str,
         "prepared": dict,
         "given": str,
     },

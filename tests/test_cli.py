@@ -496,6 +496,7 @@ def test_the_record_keeps_means_of_a_long_history(tmp_path):
         history={"step": np.arange(1, 10_001), "loss": loss}, validation={"step": [10], "bound": [-2.0], "std_error": [np.nan]}
     )
     data = {"source": "x", "train": 1, "validation": 0, "shape": None, "columns": None, "prepared": {}, "given": "whole"}
+    data |= {"categories": None, "held": ""}
     runs.write_record(tmp_path, {"schema": 2, "model": {}, "data": data, "run": runs.summary(run)}, run)
     back = runs.run_of(runs.read_record(tmp_path))
     assert len(back.history["loss"]) == 2000

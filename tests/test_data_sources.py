@@ -178,7 +178,7 @@ def test_csv_columns(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("id,age\n1,2\n3,4\n5,abc\n", r"row 3 \(line 4\), column 'age': 'abc' is not a number; choose numeric columns"),
+        ("id,age\n1,2\n3,4\n5,abc\n", r"row 3 \(line 4\), column 'age': 'abc' is not a number; choose columns by `columns`"),
         ("id,age\n1,2\n\n3,abc\n", r"row 2 \(line 4\), column 'age'"),
         ("1,2\n3,abc\n", r"row 2 \(line 2\), column 1: 'abc' is not a number"),
         ("id,age\n1,2\n3,\n", r"row 2 \(line 3\), column 'age': the value is missing \(''\); drop or fill"),

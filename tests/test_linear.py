@@ -187,9 +187,26 @@ def test_imputation_is_the_conditional_gaussian(family):
 
 
 def test_preprocessing_does_not_take_holes_for_data():
-    model = ProbabilisticPCA((5,), 2, preprocess=Standardize())
-    with pytest.raises(ValueError, match=r"x has missing entries \(NaN\), which `preprocess` would count as data"):
+    model = ProbabilisticPCA((5,), 2, preprocess=pgen.data.Logit())
+    with pytest.raises(ValueError, match=r"x has missing entries \(NaN\), which Logit would count as data; take Standardize"):
         model.fit(with_holes(data()))
+
+
+def test_standardising_leaves_holes_out():
+    """Moments are those of what was observed, and the density is that of the same model in the units of the data."""
+    x = with_holes(data()).double()
+    model = FactorAnalysis((5,), 2, preprocess=Standardize()).double()
+    model.fit(x, steps=30, precision="float64", progress=False)
+    np.testing.assert_allclose(model.preprocess.mean, np.nanmean(x, 0), rtol=1e-6)
+    np.testing.assert_allclose(model.preprocess.sd, np.nanstd(x, 0), rtol=1e-6)
+    plain, scale = FactorAnalysis((5,), 2).double(), model.preprocess.sd
+    with torch.no_grad():
+        plain._take(
+            model.preprocess.mean + scale * model._loc(None), scale, scale[:, None] * model.weight, scale**2 * model.variance
+        )
+    torch.testing.assert_close(model.log_prob(x).value, plain.log_prob(x).value, rtol=0, atol=1e-6)
+    filled = model.impute(x)
+    torch.testing.assert_close(filled, plain.impute(x), rtol=1e-6, atol=1e-6)
 
 
 # --- latents -------------------------------------------------------------------------------------------------------------

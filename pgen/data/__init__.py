@@ -7,6 +7,7 @@ from .flow_sets import FLOW_SETS, flow_set
 from .sequences import mu_law, mu_law_inverse, pad, windows
 from .sources import Loaded, Split, digits, idx_folder, load
 from .stored import MemoryMapped, Parquet
+from .tables import Table, column_names, table
 from .transforms import Compose, Dequantize, Logit, Standardize, Transform, from_settings
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "Parquet",
     "Split",
     "Standardize",
+    "Table",
     "Transform",
     "as_batch",
     "check_finite",
     "chunks",
+    "column_names",
     "digits",
     "epoch_order",
     "fingerprint",
@@ -40,6 +43,7 @@ __all__ = [
     "permute",
     "rows",
     "step_keys",
+    "table",
     "to_device",
     "toy",
     "windows",

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import math
 import struct
 import tokenize
@@ -15,7 +16,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from ..contracts import nearest
 
-__all__ = ["open_npy", "open_parquet", "parquet_column", "read_file", "read_idx"]
+__all__ = [
+    "choose", "is_missing", "is_number", "open_npy", "open_parquet", "parquet_column", "read_file", "read_idx", "reading_csv",
+    "refused",
+]  # fmt: skip
 
 _MISSING = {"", "?", "-", "na", "n/a", "nan", "null", "none"}
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -86,8 +90,13 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{path}: damaged, or no {kind} file ({reason})") from None
 
 
-class _Refused(Exception):
+class _Refused(ValueError):
     """A reason of our own for refusing a file, in one line and without the path."""
+
+
+def refused(reason: str) -> NoReturn:
+    """Refuse a file for a reason in one line, without the path."""
+    raise _Refused(reason)
 
 
 def _refuse_columns(columns: Sequence[str] | None) -> None:
@@ -118,7 +127,7 @@ def open_npy(path: Path) -> np.memmap[Any, Any]:
 def _read_npz(path: Path, columns: Sequence[str] | None) -> _Read:
     with _reading(path, ".npz"), open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         names = list(archive.files)
-        wanted = names if columns is None else [names[i] for i in _choose(names, columns, "array")]
+        wanted = names if columns is None else [names[i] for i in choose(names, columns, "array")]
         arrays = {name: archive[name] for name in wanted}
     return (next(iter(arrays.values())) if len(arrays) == 1 else arrays), None
 
@@ -151,7 +160,7 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def _choose(names: Sequence[str], wanted: Sequence[str] | None, what: str = "column") -> list[int]:
+def choose(names: Sequence[str], wanted: Sequence[str] | None, what: str = "column") -> list[int]:
     """Where the wanted names are."""
     if wanted is None:
         return list(range(len(names)))
@@ -164,22 +173,27 @@ def _choose(names: Sequence[str], wanted: Sequence[str] | None, what: str = "col
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, columns: Sequence[str] | None) -> _Read:
+@contextlib.contextmanager
+def reading_csv(path: Path) -> Iterator[tuple[list[str], bool, Iterator[tuple[int, list[str]]]]]:
+    """Names of the columns (their numbers without a header), whether there is a header, and rows with their lines."""
     with _reading(path, ".csv"), _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, strict=True)
         first = next((cells for cells in lines if cells), None)
         if first is None:
             raise _Refused("the file has no rows")
-        header = any(not _is_number(cell) and not _is_missing(cell) for cell in first)
+        header = any(not is_number(cell) and not is_missing(cell) for cell in first)
         names = [cell.strip() for cell in first] if header else [str(i) for i in range(len(first))]
+        own = [] if header else [(lines.line_num, first)]
+        yield names, header, itertools.chain(own, ((lines.line_num, cells) for cells in lines if cells))
+
+
+def _read_csv(path: Path, columns: Sequence[str] | None) -> _Read:
+    with reading_csv(path) as (names, header, rows):
         if not header and columns is not None:
             raise _Refused("`columns` is given, but the table has no header")
-        table = _Table(names, _choose(names, columns), header)
-        if not header:
-            table.add(first, lines.line_num)
-        for cells in lines:
-            if cells:
-                table.add(cells, lines.line_num)
+        table = _Table(names, choose(names, columns), header)
+        for line, cells in rows:
+            table.add(cells, line)
         return table.array(), tuple(names[i] for i in table.chosen) if header else None
 
 
@@ -210,10 +224,10 @@ class _Table:
             cell = cells[i]
             name = repr(self.names[i]) if self.header else str(i)
             place = f"row {self.count} (line {line}), column {name}"
-            if _is_missing(cell):
-                raise _Refused(f"{place}: the value is missing ({cell!r}); drop or fill such rows first")
-            if not _is_number(cell):
-                raise _Refused(f"{place}: {cell[:30]!r} is not a number; choose numeric columns by `columns`")
+            if is_missing(cell):
+                raise _Refused(f"{place}: the value is missing ({cell!r}); drop or fill such rows, or pgen.data.table")
+            if not is_number(cell):
+                raise _Refused(f"{place}: {cell[:30]!r} is not a number; choose columns by `columns`, or pgen.data.table")
             if not math.isfinite(float(cell)):
                 raise _Refused(f"{place}: {cell!r} is not finite")
 
@@ -223,11 +237,13 @@ class _Table:
         return np.frombuffer(self.values, dtype=np.float64).reshape(self.count, len(self.chosen))
 
 
-def _is_missing(cell: str) -> bool:
+def is_missing(cell: str) -> bool:
+    """Whether a cell says that there is no value."""
     return cell.strip().lower() in _MISSING
 
 
-def _is_number(cell: str) -> bool:
+def is_number(cell: str) -> bool:
+    """Whether a cell holds a number, finite or not."""
     try:
         float(cell)
     except ValueError:
@@ -253,7 +269,7 @@ def open_parquet(path: Path, columns: Sequence[str] | None) -> tuple[Any, list[s
     with _reading(path, ".parquet"):
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         names = list(file.schema_arrow.names)
-        wanted = [names[i] for i in _choose(names, columns)]
+        wanted = [names[i] for i in choose(names, columns)]
         if not file.metadata.num_rows:
             raise _Refused("the table has no rows")
         for name in wanted:

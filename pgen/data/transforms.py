@@ -100,31 +100,35 @@ class Standardize(Transform):
         self.register_buffer("mean", torch.zeros(tuple(event_shape)))
         self.register_buffer("sd", torch.ones(tuple(event_shape)))
 
-    def fit(self, x: Tensor) -> Standardize:
-        """Take mean and standard deviation from x, ``(N, *event)``.
+    def fit(self, x: Tensor, observed: Tensor | None = None) -> Standardize:
+        """Take mean and standard deviation from x, ``(N, *event)``, of the entries observed if they are not all.
 
         Raises:
             ValueError: If a feature is constant.
         """
         super().fit(x)
-        wide = x.double()
-        mean, sd = wide.mean(0), wide.std(0, correction=0)
+        wide, seen = x.double(), torch.ones_like(x, dtype=torch.bool) if observed is None else observed
+        wide, count = torch.where(seen, wide, 0.0), seen.sum(0).clamp(min=1)
+        mean = wide.sum(0) / count
+        sd = (torch.where(seen, wide - mean, 0.0).square().sum(0) / count).sqrt()
         constant = (sd <= 1e-10 * wide.abs().amax(0)).nonzero()
         if len(constant):
             place = tuple(constant[0].tolist())
             column = place[0] if len(place) == 1 else place or 0
             raise ValueError(
-                f"`x` is constant in column {column} (every value is {wide[0][place].item():g}): a density cannot be fitted "
+                f"`x` is constant in column {column} (every value is {mean[place].item():g}): a density cannot be fitted "
                 f"to it; drop it ({len(constant)} of {sd.numel()} columns are constant)"
             )
         self.mean, self.sd = mean.to(self._dtype(x)), sd.to(self._dtype(x))
         return self
 
-    def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre and scale x, ``(N, *event)``."""
+    def forward_with_log_det(self, x: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Centre and scale x, ``(N, *event)``; entries that are not observed count nothing."""
         check_event_shape("x", x, tuple(self.mean.shape))
-        y = (x - self.mean) / self.sd
-        return y, -self.sd.double().log().sum().to(y.dtype).expand(len(y))
+        y, cost = (x - self.mean) / self.sd, self.sd.double().log()
+        if observed is not None:
+            return y, -(cost * observed).flatten(1).sum(1).to(y.dtype)
+        return y, -cost.sum().to(y.dtype).expand(len(y))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Give scale and centre back."""
