@@ -171,7 +171,7 @@ def test_river_paths_are_learned_and_judged(tmp_path, capsys):
     module = example("river_paths")
     heading = module.rivers(50, seed=0)
     assert heading.shape == (50, 24) and bool(module.in_valley(heading).all())
-    reports, picture = module.main(tmp_path, paths=300, components=3, steps=5, judged=60, progress=False)
+    reports, picture = module.main(tmp_path, paths=300, components=3, steps=60, judged=40, progress=False)
     assert len(reports) == 2 and picture.stat().st_size > 1000
     said = capsys.readouterr().out
-    assert said.count("verdict:") >= 2 and "keep to the valley" in said
+    assert said.count("verdict:") >= 2 and "keep to the valley" in said and "courses in place of headings" in said
