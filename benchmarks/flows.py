@@ -2,10 +2,10 @@
 
     python benchmarks/flows.py --markdown docs/benchmarks/flows.md
 
-`--parts toys digits tables`, `--results FILE` keeps what is done, `--steps` and `--table-steps` are the lengths of the runs,
-`--splits` how many of the ten splits of a table. Both sides have the same number of maps, networks, bins, steps and batch;
-seconds are those of the processor, of all threads and children of the process, with compilation. On real data the best of 20
-looks at the validation data is kept, and the test data are scored once. Data in `$PGEN_DATA` or `../shared/data`.
+`--parts toys interval digits tables speed`, `--results FILE` keeps what is done, `--steps` and `--table-steps` are the lengths
+of the runs, `--splits` how many of the ten splits of a table. Both sides have the same number of maps, networks, bins, steps
+and batch; seconds are those of the processor, of all threads and children of the process, with compilation. On real data the
+best of 20 looks at the validation data is kept, and the test data are scored once. Data in `$PGEN_DATA` or `../shared/data`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from svi import cpu_name
 import pgen
 from pgen.data import Dequantize
 from pgen.data.toy import checkerboard, eight_gaussians, gaussian_grid, two_moons
+from pgen.models import flow as flow_module
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PGEN_DATA", HERE.parent / "shared" / "data"))
@@ -85,6 +86,63 @@ def toys(steps, done):
                 run = flow.fit(x, steps=steps, batch_size=BATCH, progress=False)
                 row = gap(truth, flow.log_prob(test).value) | {"tier": run.tier}
             yield f"toy {name}, {side}", row | {"seconds": cpu_seconds() - began, "steps": steps}
+
+
+def interval(done):
+    """What the start of the splines' interval is worth: data standardised as they are, or scaled to fill it (the default)."""
+    variants = {"standardised, 5": (5.0, False), "standardised, 3": (3.0, False), "filled, 4": (4.0, True)}
+    start = flow_module._scale_to_fill
+    for name, (variant, (bound, fill)) in itertools.product([*TOYS, "concrete", "parkinsons"], variants.items()):
+        if f"interval {name}, {variant}" in done:
+            continue
+        flow_module._scale_to_fill = start if fill else lambda x, end: torch.ones_like(x[0])
+        if name in TOYS:
+            target = TOYS[name]()
+            test = target.sample(20_000, seed=2)
+            flow = pgen.models.Flow((2,), tail_bound=bound)
+            flow.fit(target.sample(100_000, seed=1), steps=1500, batch_size=BATCH, progress=False)
+            value = gap(target.log_prob(test), flow.log_prob(test).value)["gap"]
+        else:
+            train, validation, _ = table(name)
+            flow = pgen.models.Flow((train.shape[1],), tail_bound=bound)
+            options = {"validate_every": 50, "early_stopping": LOOKS, "progress": False}
+            flow.fit(train, validation=validation, steps=1000, batch_size=BATCH, **options)
+            value = flow.log_prob(validation).mean
+        yield f"interval {name}, {variant}", value
+    flow_module._scale_to_fill = start
+
+
+class Clock(pgen.training.Callback):
+    """CPU time at the end of each block of steps."""
+
+    def __init__(self):
+        self.marks = []
+
+    def on_log(self, step, metrics):
+        self.marks.append((step, time.process_time()))
+
+    def milliseconds(self):
+        """The fastest block, a step."""
+        return 1e3 * min((t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(self.marks))
+
+
+def speed(done, rounds=3, steps=60):
+    """CPU milliseconds of a step; sides take turns, and the fastest of their blocks counts."""
+    for size in (2, 10):
+        if f"speed {size}" in done:
+            continue
+        x, row = torch.randn(4096, size), {}
+        for _ in range(rounds):
+            for tier in ("graph", "compiled"):
+                clock = Clock()
+                options = {"batch_size": BATCH, "compile": tier, "callbacks": [clock], "progress": False}
+                pgen.models.Flow((size,)).fit(x, steps=10 * steps if tier == "compiled" else steps, **options)
+                row[tier] = min(row.get(tier, math.inf), clock.milliseconds())
+            for _ in range(3):
+                began = time.process_time()
+                zuko_loop(x, steps // 3, transforms=3, hidden_features=(128, 128))
+                row["zuko"] = min(row.get("zuko", math.inf), 1e3 * (time.process_time() - began) / (steps // 3))
+        yield f"speed {size}", row
 
 
 def gap(truth, values):
@@ -172,7 +230,13 @@ def markdown(found):
     head = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, one thread, Python {platform.python_version()}, {versions}, pgen "
     head += f"{pgen.__version__}. Other jobs shared the machine."
     parts = [["# Normalizing flows", "", "`python benchmarks/flows.py`.", __doc__.strip().split("\n\n")[2], "", head, ""]]
-    for prefix, write in (("toy ", toy_lines), ("digits", digit_lines), ("table ", table_lines)):
+    for prefix, write in (
+        ("toy ", toy_lines),
+        ("interval ", interval_lines),
+        ("digits", digit_lines),
+        ("table ", table_lines),
+        ("speed ", speed_lines),
+    ):
         if rows := {name.removeprefix(prefix): row for name, row in found.items() if name.startswith(prefix)}:
             parts.append(write(rows))
     return "\n".join(line for part in parts for line in part)
@@ -184,7 +248,8 @@ def toy_lines(rows):
         "## Toys: how far the mean log-density of 20 000 test draws lies below minus the entropy, nats",
         "",
         f"NSF (AR), 3 maps of 128-128, 8 bins; {steps} steps of {BATCH}. pgen: the defaults, and a base of 25 Gaussians in the",
-        "place of the normal one. The last column is zuko's after 6000 steps of 256, in 40 s, measured at another time.",
+        "place of the normal one. The last column is zuko's after 6000 steps of 256, in 40 s, measured at another time. The",
+        "first runs compiled the step, later ones found it in the compiler's cache.",
         "",
         "| target | pgen | CPU s | pgen, 25 Gaussians | CPU s | zuko | CPU s | zuko, 6000 steps |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -194,6 +259,24 @@ def toy_lines(rows):
         cells = [f"{r['gap']:.4f} ± {r['error']:.4f} | {r['seconds']:.0f}" for r in sides]
         if len(cells) == 3:
             lines.append(f"| {name} | {' | '.join(cells)} | {PUBLISHED[name]} |")
+    return [*lines, ""]
+
+
+def interval_lines(rows):
+    variants = list(dict.fromkeys(name.partition(", ")[2] for name in rows))
+    lines = [
+        "## Where the interval of the splines lies",
+        "",
+        "How the default was chosen: data standardised, with `tail_bound` 5 or 3, or scaled until all but a thousandth of each",
+        "number lie within 0.85 of a `tail_bound` of 4 (the default). Toys: 1500 steps, nats below minus the entropy. Tables:",
+        "1000 steps, mean log-density of the *validation* rows of the first split.",
+        "",
+        "| data | " + " | ".join(variants) + " |",
+        "|---" + "|---:" * len(variants) + "|",
+    ]
+    for name in dict.fromkeys(name.partition(", ")[0] for name in rows):
+        cells = [f"{rows[f'{name}, {v}']:.3f}" if f"{name}, {v}" in rows else "not run" for v in variants]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -241,9 +324,23 @@ def table_lines(rows):
     return [*lines, ""]
 
 
+def speed_lines(rows):
+    lines = [
+        "## A training step, CPU ms",
+        "",
+        f"NSF (AR), 3 maps of 128-128, 8 bins, batch {BATCH}: the fastest block of each side, which took turns.",
+        "",
+        "| numbers | zuko | pgen, graph | pgen, compiled | zuko / compiled |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for size, r in rows.items():
+        lines.append(f"| {size} | {r['zuko']:.2f} | {r['graph']:.2f} | {r['compiled']:.2f} | {r['zuko'] / r['compiled']:.2f} |")
+    return [*lines, ""]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", default=["toys", "digits", "tables"])
+    parser.add_argument("--parts", nargs="+", default=["toys", "interval", "digits", "tables", "speed"])
     parser.add_argument("--tables", nargs="+", default=TABLES)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--table-steps", type=int, default=1000)
@@ -253,8 +350,10 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     done = json.loads(options.results.read_text()) if options.results.exists() else {}
-    runs = {"toys": lambda: toys(options.steps, done), "digits": lambda: digits(done),
-            "tables": lambda: tables(options.table_steps, done, options.tables, options.splits)}  # fmt: skip
+    runs = {
+        "toys": lambda: toys(options.steps, done), "interval": lambda: interval(done), "digits": lambda: digits(done),
+        "tables": lambda: tables(options.table_steps, done, options.tables, options.splits), "speed": lambda: speed(done),
+    }  # fmt: skip
     for part in options.parts:
         for name, row in runs[part]():
             done[name] = row

@@ -189,6 +189,26 @@ def test_adaptive_and_left_out_points_equal_brute_force():
         assert float(value) == pytest.approx(float((terms.sum() / weights[keep].sum()).log()), abs=1e-10)
 
 
+@every_kernel
+@pytest.mark.parametrize("h", [0.01, 0.6])
+def test_points_in_the_plane_are_taken_from_the_nearest_on(kernel, h, monkeypatch):
+    for name, value in {"QUERIES": 30, "POINTS": 40, "CROWD": 2}.items():
+        monkeypatch.setattr(kernel_mixture, name, value)
+    taken = []
+    plain = kernel_mixture._Sum._height
+    monkeypatch.setattr(kernel_mixture._Sum, "_height", lambda self, part: (taken.append(part), plain(self, part))[1])
+    points, x = normal(1001, 2), normal(200, 2, seed=1)
+    weights, local = (seeded(lambda: torch.rand(1001).double()) + 0.5 for _ in range(2))
+    mixture = KernelMixture(points, kernel=kernel, scale=torch.tensor(h, dtype=torch.float64), weights=weights, local=local)
+    found, blocks = mixture.log_prob(x), len(taken)
+    u = (x[:, None] - points) / (h * local[:, None])
+    expected = torch.logsumexp(kernel.log_density(u) + (weights / weights.sum()).log() - 2 * (h * local).log(), 1)
+    assert torch.equal(found.isinf(), expected.isinf())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    if h < 0.1 and kernel.name in ("gaussian", "epanechnikov", "tophat"):
+        assert 26 < blocks < 0.7 * 7 * 26  # of 7 blocks of queries by 26 of points, and 26 to see where they lie
+
+
 def test_memory_does_not_grow_with_the_data():
     """The largest tensor that a sum makes, beside its arguments and answer."""
     from torch.utils._python_dispatch import TorchDispatchMode

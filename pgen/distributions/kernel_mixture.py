@@ -7,14 +7,18 @@ Sums run over blocks of queries and points with an online log-sum-exp, so memory
 is evaluated through one matrix product a block, :math:`-\tfrac12 |u - v|^2 = u \cdot v - \tfrac12 |v|^2 - \tfrac12 |u|^2`,
 whose cancellation costs :math:`\epsilon |u| |v|` nats: each block of queries takes the first of float32, float64 and direct
 differences whose bound is below 1e-4 (float32) or 1e-10 nats (float64).
+
+In up to three dimensions many points and queries are put in an order in which blocks are small boxes. A block of queries then
+takes blocks of points from the nearest on, and stops at the first that cannot add a part in 1e15 to any of its sums.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -32,6 +36,10 @@ QUERIES, POINTS = 512, 2048
 """A block on the CPU: its numbers stay in the cache."""
 FAR = 20
 """A block on a GPU is this many times larger."""
+CROWD, FEW = 8, 3
+"""So many blocks of points or more, in so few dimensions or fewer, are ordered by place."""
+NOTHING = 45.0
+"""Nats below a sum at which the bound of a whole block adds nothing to it."""
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Largest error of a product form that is taken, in nats."""
 
@@ -199,7 +207,8 @@ class _Sum:
 
     def __init__(self, mixture: KernelMixture, columns: Sequence[Column]) -> None:
         whole = [i for i, column in enumerate(mixture.columns) if column == CONTINUOUS]
-        self.mixture = mixture
+        self.mixture, self.all_columns = mixture, columns
+        self.boxes: _Boxes | None = None
         self.real = [i for i in whole if i < len(columns)]
         run = bool(self.real) and self.real == list(range(self.real[0], self.real[-1] + 1))
         self.place: slice | list[int] = slice(self.real[0], self.real[-1] + 1) if run else self.real
@@ -298,6 +307,25 @@ class _Sum:
 
     def streamed(self, x: Tensor) -> Tensor:
         """In blocks; float64."""
+        m = self.mixture
+        few = 0 < len(self.real) <= FEW and isinstance(self.kernel, Radial) and m.without is None
+        if not few or len(x) < QUERIES or len(m.points) < CROWD * POINTS or x.device.type != "cpu":
+            return self._in_order(x)
+        order, out = _by_place(self._white(x), QUERIES), x.new_zeros(len(x), dtype=torch.float64)
+        out[order] = self._placed()._in_order(x[order])
+        return out
+
+    def _placed(self) -> _Sum:
+        """The same sum with the points in an order of place, whose blocks have boxes."""
+        m = copy.copy(self.mixture)
+        order = _by_place(self._white(m.points), POINTS)
+        m.points = m.points[order]
+        m.weights, m.local = (None if t is None else t[order] for t in (m.weights, m.local))
+        placed = _Sum(m, self.all_columns)
+        placed.boxes = _Boxes.of(placed, m.points)
+        return placed
+
+    def _in_order(self, x: Tensor) -> Tensor:
         out, reach = [], self._reach()
         queries, _ = self._block(x)
         for start in range(0, len(x), queries):
@@ -312,7 +340,10 @@ class _Sum:
         """Online log-sum-exp over the points."""
         top = u.new_full((len(x), 1), -math.inf)
         total = torch.zeros_like(top)
-        for start, part in self._parts(x):
+        shift = -0.5 * u.square().sum(1) if how is not None and self.mixture.local is None else u.new_zeros(len(u))
+        for start, part, most in self._nearest_first(x, u):
+            if most == -math.inf or most < float((top[:, 0] + shift).amin()) - NOTHING:
+                break
             block = self._by_difference(x, u, part) if how is None else self._by_product(x, u, part, how)
             block = self._mask(block, rows, start)
             new = torch.maximum(top, block.amax(1, keepdim=True).double())
@@ -321,7 +352,6 @@ class _Sum:
             terms = block.sub_(base.to(block.dtype)).clamp_(min=-80.0 if block.dtype == torch.float32 else -700.0).exp_()
             total = total * (top - base).exp() + terms.sum(1, keepdim=True)
             top = new
-        shift = -0.5 * u.square().sum(1) if how is not None and self.mixture.local is None else 0.0
         return torch.where(top == -math.inf, top, top + total.log())[:, 0] + shift
 
     def chosen(self, x: Tensor) -> Tensor:
@@ -344,6 +374,13 @@ class _Sum:
                 )
             out.append(index)
         return torch.cat(out)
+
+    def _nearest_first(self, x: Tensor, u: Tensor) -> Iterator[tuple[int, slice, float]]:
+        """Blocks of points, and the most that any of them adds to a query's sum: from the most on, where that is known."""
+        parts = self._parts(x)
+        most = [math.inf] * len(parts) if self.boxes is None else self.boxes.most(u, self.kernel).tolist()
+        for k in sorted(range(len(parts)), key=lambda k: -most[k]):
+            yield *parts[k], most[k]
 
     def _parts(self, x: Tensor) -> list[tuple[int, slice]]:
         _, points = self._block(x)
@@ -374,6 +411,46 @@ class _Sum:
             if fine and (candidate == torch.float64 or dtype == torch.float32):
                 return candidate
         return None
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Where the points of each block lie: corners ``(P, C)``, log of their total height ``(P,)`` and largest local scale."""
+
+    low: Tensor
+    high: Tensor
+    height: Tensor
+    widest: Tensor
+
+    @classmethod
+    def of(cls, sum_: _Sum, points: Tensor) -> _Boxes:
+        """Of a sum's blocks."""
+        found = []
+        for _, part in sum_._parts(points):
+            v, local = sum_._white(points[part]), sum_.mixture.local
+            widest = v.new_ones(()) if local is None else local[part].double().amax()
+            found.append((v.amin(0), v.amax(0), torch.logsumexp(sum_._height(part), 0), widest))
+        return cls(*(torch.stack(column) for column in zip(*found)))
+
+    def most(self, u: Tensor, kernel: Kernel) -> Tensor:
+        """Bound on the log of what a block's points add at any of the places u, ``(P,)``."""
+        gap = (self.low - u.amax(0)).clamp(min=0) + (u.amin(0) - self.high).clamp(min=0)
+        squared = (gap / self.widest[:, None]).square().sum(1)
+        return self.height + cast(Radial, kernel).log_profile(squared, u.shape[1])
+
+
+def _by_place(u: Tensor, size: int) -> Tensor:
+    """An order in which runs of ``size`` places lie near each other: cut in halves across the widest axis, again and again."""
+
+    def halves(rows: Tensor) -> list[Tensor]:
+        if len(rows) <= size:
+            return [rows]
+        place = u[rows]
+        rows = rows[place[:, (place.amax(0) - place.amin(0)).argmax()].argsort()]
+        middle = -(-len(rows) // size) // 2 * size
+        return halves(rows[:middle]) + halves(rows[middle:])
+
+    return torch.cat(halves(torch.arange(len(u), device=u.device)))
 
 
 def _triangular(scale: Tensor, dim: int) -> Tensor:
