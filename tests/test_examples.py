@@ -175,3 +175,11 @@ def test_river_paths_are_learned_and_judged(tmp_path, capsys):
     assert len(reports) == 2 and picture.stat().st_size > 1000
     said = capsys.readouterr().out
     assert said.count("verdict:") >= 2 and "keep to the valley" in said and "courses in place of headings" in said
+
+
+def test_the_minimax_gradient_vanishes_and_the_cure_moves_on(capsys, tmp_path):
+    runs, ends = example("vanishing_gradient").main(tmp_path / "norms.png", steps=300)
+    norms = {loss: run.history["generator_grad_norm"][-1] for loss, run in runs.items()}
+    assert norms["non_saturating"] > 300 * norms["minimax"]
+    assert float(ends["minimax"].norm()) < 1.0 < float(ends["non_saturating"].norm())
+    assert "ratio" in capsys.readouterr().out and (tmp_path / "norms.png").stat().st_size > 5000

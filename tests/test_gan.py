@@ -459,6 +459,24 @@ def test_a_callback_sees_the_averaged_parameters():
     assert all(torch.equal(value, seen[0][name]) for name, value in model.state_dict().items())
 
 
+def test_modes_and_classes_are_watched_while_training():
+    grid = pgen.data.toy.gaussian_grid()
+    model = GAN((2,), 2, (6,), seed=0)
+    watch = pgen.evaluation.Watch.modes(model, grid, every=3, num=50)
+    model.fit(grid.sample(200), steps=7, batch_size=20, callbacks=[watch], progress=False, compile="eager")
+    assert watch.history["step"] == [3, 6, 7]
+    last = pgen.evaluation.samples.mode_coverage(model.sample(50, seed=0), grid)
+    assert watch.history["modes"][-1] == last["modes"].value
+    x = torch.cat([torch.randn(60, 2, generator=torch.Generator().manual_seed(i)) + 9 * i for i in range(2)])
+    labels = torch.arange(2).repeat_interleave(60)
+    still = GAN((2,), 2, (6,), generator=Shift(2, 9.0))
+    watch = pgen.evaluation.Watch.classes(still, x, labels, every=2, num=40)
+    with torch.no_grad():
+        watch.on_state(2)
+    assert watch.history["modes"] == [1.0]  # all about (9, 9): one class of two, at log 2 from equal shares
+    assert watch.history["reverse KL"][0] == pytest.approx(math.log(2), abs=0.02)
+
+
 def test_nothing_is_warned_of_in_a_healthy_fit():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

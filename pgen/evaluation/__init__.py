@@ -5,6 +5,7 @@ from .annealing import AIS, Sandwich, anneal
 from .calibration import Calibration
 from .compare import Comparison, Difference
 from .likelihood import importance_bound
+from .watch import Watch
 
 __all__ = [
     "AIS",
@@ -12,6 +13,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Sandwich",
+    "Watch",
     "anneal",
     "calibration",
     "divergences",
