@@ -4,8 +4,8 @@ python examples/vanishing_gradient.py          # prints the figures and writes v
 
 Data lie at 4, draws begin at 0. First the generator is held still while the critic learns: the better it tells them apart, the
 less the minimax loss, E log(1 - D(G(z))), has to say to the generator, whose gradient falls with D(G(z)) itself (Goodfellow et
-al. 2014, section 3; Arjovsky and Bottou 2017, arXiv:1701.04862, theorem 2.4). The non-saturating loss, -E log D(G(z)), has the same
-fixed point and keeps its gradient. Then both play the whole game against a critic that moves five times a step.
+al. 2014, section 3; Arjovsky and Bottou 2017, arXiv:1701.04862, theorem 2.4). The non-saturating loss, -E log D(G(z)), has the
+same fixed point and keeps its gradient. Then both play the whole game against a critic that moves five times a step.
 """
 
 import argparse
