@@ -50,6 +50,16 @@ class _Equation:
         return self.divergence == "exact" or (self.divergence is None and size <= EXACT_UP_TO)
 
 
+def _unavailable(question: str) -> Callable[..., Any]:
+    """A method that says why there is no answer."""
+
+    def asked(self: DenoisingModel, *args: Any, **kwargs: Any) -> Any:
+        """Not available: there are no latents, or draws of them have no weights."""
+        raise self._without_latents(question)
+
+    return asked
+
+
 class DenoisingModel(GenerativeModel):
     """A model with a network ``(z, level, context)``; data are centred and scaled, and some contexts hidden in training.
 
@@ -66,6 +76,8 @@ class DenoisingModel(GenerativeModel):
         seed: Keys the initial weights.
     """
 
+    default_batch_size = 128
+    default_steps = 5000
     shift: Tensor
     scale: Tensor
     network: nn.Module
@@ -213,11 +225,9 @@ class DenoisingModel(GenerativeModel):
         value = values.mean(0) + (0.0 if change is None else change.double())
         return Score(value, kind, self._event_size(batch), error, None if count == 1 else count, self._measure(batch))
 
-    def draw(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: there are no latents, or draws of them have no weights."""
-        raise self._without_latents("draw")
-
-    posterior = encode = reconstruct = likelihood_regret = bdmc = draw
+    draw, posterior, encode, reconstruct, likelihood_regret, bdmc = (
+        _unavailable(question) for question in ("draw", "posterior", "encode", "reconstruct", "likelihood_regret", "bdmc")
+    )
 
     def _without_latents(self, question: str) -> NotAvailable:
         return NotAvailable(
