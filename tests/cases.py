@@ -397,7 +397,7 @@ CASES: dict[str, Case] = {
     "rbm_wide": exact(lambda seed: models.RBM(EVENT, 9, seed=seed), _BITS, values=2),
     "rbm_gaussian": exact(lambda seed: models.RBM(EVENT, 3, visible="gaussian", preprocess=Standardize(), seed=seed), _REALS),
     "energy": energy(_REALS, preprocess=Standardize()),
-    "energy_classes": energy(_REALS, energy="conv", num_classes=3),
+    "energy_classes": energy(_REALS, energy="conv", num_labels=3),
     "energy_context": energy(_REALS, _CONTEXT, context_dim=CONTEXT),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }

@@ -269,7 +269,7 @@ def test_samples_come_in_the_units_of_the_data():
 
 
 def test_the_classifier_is_the_softmax_of_the_logits():
-    model = EnergyBased((2,), hidden=(6,), num_classes=3)
+    model = EnergyBased((2,), hidden=(6,), num_labels=3)
     x, y = X[:50].float(), (X[:50, 0] > 0).long() + (X[:50, 1] > 0.3).long()
     model.fit({"x": x, "labels": y}, objective=ContrastiveDivergence(), epochs=40, optimizer=0.05, progress=False)
     with torch.no_grad():
@@ -311,8 +311,8 @@ def test_an_energy_is_taken_off_another():
 
 
 def test_slips_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`num_classes` should be 0 .* or 2 and more, got 1"):
-        EnergyBased((2,), num_classes=1)
+    with pytest.raises(ValueError, match=r"`num_labels` should be 0 .* or 2 and more, got 1"):
+        EnergyBased((2,), num_labels=1)
     with pytest.raises(ValueError, match="Bowl is a module of your own, which no file can hold"):
         plain(Bowl()).save(tmp_path / "model.pgen")
     with pytest.raises(ValueError, match=r"`energy` should give shape \(20,\) for 20 data, got \(20, 3\)"):
@@ -335,3 +335,14 @@ def test_slips_are_named(tmp_path):
         pgen.models.VAE((2,), latent_dim=1, likelihood="gaussian").fit(
             X[:20].float(), objective=DenoisingScoreMatching(), steps=1, progress=False
         )
+
+
+def test_chains_that_stand_still_are_told():
+    objective = PersistentContrastiveDivergence()
+    steps = np.ones(400)
+    history = {"data_energy": steps, "chain_energy": steps + 0.3, "acceptance": 0.6 * steps}
+    assert objective.concerns(history) == {}
+    assert "stand still (acceptance 1.0%)" in objective.concerns({**history, "acceptance": 0.01 * steps})["chains"]
+    assert "1e+05 nats apart: the chains run away" in objective.concerns({**history, "chain_energy": 1e5 * steps})["chains"]
+    short = {name: column[:100] for name, column in history.items()}
+    assert objective.concerns({**short, "acceptance": 0 * steps[:100]}) == {}

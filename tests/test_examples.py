@@ -183,3 +183,9 @@ def test_the_minimax_gradient_vanishes_and_the_cure_moves_on(capsys, tmp_path):
     assert norms["non_saturating"] > 300 * norms["minimax"]
     assert float(ends["minimax"].norm()) < 1.0 < float(ends["non_saturating"].norm())
     assert "ratio" in capsys.readouterr().out and (tmp_path / "norms.png").stat().st_size > 5000
+
+
+def test_energies_are_added_and_drawn(tmp_path):
+    shares = example("energy").main(tmp_path, steps=3, temps=4, progress=False)
+    assert set(shares) == {"eight Gaussians", "two moons", "both", "Gaussians - moons / 5"}
+    assert (tmp_path / "energy.png").stat().st_size > 1000

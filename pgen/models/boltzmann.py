@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 from ..base import place
 from ..contracts import Batch, Seed, as_seed, check_choice, check_positive
 from ..data.batches import key
-from ..data.transforms import Standardize, Transform
+from ..data.transforms import Transform
 from ..distributions.energy import Unnormalised
 from ..evaluation.annealing import schedule
 from ..evaluation.normalizer import LogNormalizer
@@ -100,11 +100,10 @@ class RBM(UnnormalisedModel):
 
     @classmethod
     def suggest(cls, x: Tensor, given: Any) -> dict[str, Any]:
-        """Bits are Bernoulli, all else is standardised and Gaussian."""
-        bits = bool(((x == 0) | (x == 1)).all())
-        if given.get("visible", "bernoulli" if bits else "gaussian") == "bernoulli":
-            return {"visible": "bernoulli"}
-        return {"visible": "gaussian", "preprocess": Standardize()}
+        """Bits are Bernoulli, all else is standardised (whole numbers dequantised first) and Gaussian."""
+        bits = bool(((x == 0) | (x == 1)).all()) and given.get("likelihood", "bernoulli") == "bernoulli"
+        visible = given.get("visible", "bernoulli" if bits else "gaussian")
+        return {"visible": visible, **(super().suggest(x, given) if visible == "gaussian" else {})}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

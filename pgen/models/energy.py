@@ -49,7 +49,7 @@ class EnergyBased(UnnormalisedModel):
     Shapes: x ``(N, *event_shape)`` real, context ``(N, context_dim)``, labels ``(N,)`` with classes 0, ..., K - 1.
 
     ``fit`` carries Langevin chains from step to step (``PersistentContrastiveDivergence``); ``SlicedScoreMatching()``,
-    ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With ``num_classes``,
+    ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With ``num_labels``,
     ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
     ``log_normalizer()`` has been asked for.
 
@@ -61,7 +61,7 @@ class EnergyBased(UnnormalisedModel):
             image but the first.
         activation: By name; smooth ones, as chains follow the gradient.
         confine: Whether the Gaussian term is there.
-        num_classes: K, of the joint energy classifier; 0 for none.
+        num_labels: K, of the joint energy classifier; 0 for none.
         tempering: How ``sample`` draws unless told otherwise: temperatures from noise to the model, transitions at the end,
             steps of each.
         context_dim: Size of the vector that the energy depends on beside x; 0 for none.
@@ -88,7 +88,7 @@ class EnergyBased(UnnormalisedModel):
         activation: str = "silu",
         *,
         confine: bool = True,
-        num_classes: int = 0,
+        num_labels: int = 0,
         tempering: tuple[int, int, int] = (200, 100, 5),
         context_dim: int = 0,
         preprocess: Transform | None = None,
@@ -96,10 +96,10 @@ class EnergyBased(UnnormalisedModel):
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         self.tempering = _tempering(*tempering)
-        if num_classes == 1 or num_classes < 0:
-            raise ValueError(f"`num_classes` should be 0 (no classes) or 2 and more, got {num_classes}")
+        if num_labels == 1 or num_labels < 0:
+            raise ValueError(f"`num_labels` should be 0 (no classes) or 2 and more, got {num_labels}")
         self.hidden, self.activation = tuple(int(n) for n in hidden), ACTIVATIONS.name(activation)
-        self.confine, self.num_classes = bool(confine), int(num_classes)
+        self.confine, self.num_labels = bool(confine), int(num_labels)
         self.register_buffer("data_loc", torch.zeros(self.event_shape))
         self.register_buffer("data_scale", torch.ones(self.event_shape))
         self.network_name = energy if isinstance(energy, str) else ""
@@ -111,7 +111,7 @@ class EnergyBased(UnnormalisedModel):
 
     def _network(self, energy: str) -> nn.Module:
         check_choice("energy", energy, ("dense", "conv"))
-        outputs, activation = self.num_classes or 1, ACTIVATIONS[self.activation]
+        outputs, activation = self.num_labels or 1, ACTIVATIONS[self.activation]
         if energy == "dense":
             return _Dense(math.prod(self.event_shape) + self.context_dim, self.hidden, outputs, activation)
         if self.context_dim:
@@ -120,7 +120,7 @@ class EnergyBased(UnnormalisedModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("activation", "confine", "num_classes", "context_dim")
+        names = ("activation", "confine", "num_labels", "context_dim")
         own = {"event_shape": list(self.event_shape), "energy": self.network_name, "hidden": list(self.hidden)}
         return {**own, **{name: getattr(self, name) for name in names}, "tempering": list(astuple(self.tempering))}
 
@@ -160,9 +160,9 @@ class EnergyBased(UnnormalisedModel):
     def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         found = super()._further(x, given)
         if "labels" in found:
-            if not self.num_classes:
-                raise ValueError("this model was made without classes; make it with num_classes=... to give labels")
-            found["labels"] = check_labels("labels", found["labels"], len(x), self.num_classes)
+            if not self.num_labels:
+                raise ValueError("this model was made without classes; make it with num_labels=... to give labels")
+            found["labels"] = check_labels("labels", found["labels"], len(x), self.num_labels)
         return found
 
     # -- the energy ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class EnergyBased(UnnormalisedModel):
         """What the network gives: ``(N, 1)`` energies or ``(N, K)`` logits."""
         arguments = [x] if context is None else [x, context]
         out = self.network(*arguments)
-        wanted = (len(x), self.num_classes) if self.num_classes else (len(x),)
+        wanted = (len(x), self.num_labels) if self.num_labels else (len(x),)
         if tuple(out.shape) not in (wanted, (len(x), 1)):
             raise ValueError(f"`energy` should give shape {wanted} for {len(x)} data, got {tuple(out.shape)}")
         return out
@@ -190,7 +190,7 @@ class EnergyBased(UnnormalisedModel):
     def _energy(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """E(x) of preprocessed x, ``(N,)``."""
         out = self._outputs(x, context)
-        energy = -out.logsumexp(1) if self.num_classes else out.reshape(-1)
+        energy = -out.logsumexp(1) if self.num_labels else out.reshape(-1)
         return energy + 0.5 * ((x - self.loc) / self.scale).square().flatten(1).sum(1) if self.confine else energy
 
     def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -201,13 +201,13 @@ class EnergyBased(UnnormalisedModel):
         return log_det - self._energy(y, context)
 
     def predict_proba(self, x: Any, context: Any = None) -> Tensor:
-        """p(y | x), the softmax of the logits, ``(N, num_classes)``.
+        """p(y | x), the softmax of the logits, ``(N, num_labels)``.
 
         Raises:
             NotAvailable: Without classes.
         """
-        if not self.num_classes:
-            raise NotAvailable("this energy has no classes; make it with num_classes=..., or use GenerativeClassifier")
+        if not self.num_labels:
+            raise NotAvailable("this energy has no classes; make it with num_labels=..., or use GenerativeClassifier")
         batch = self._batch("x", x, context)
         with torch.no_grad(), _evaluating(self):
             return self._outputs(self._prepared(batch)[0]["x"], batch.get("context")).softmax(1)

@@ -10,10 +10,11 @@ step to step (Tieleman 2008), some of them started anew at every step (Du and Mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ SAMPLERS = ("langevin", "hmc", "unadjusted", "gibbs")
 TARGETS = {"langevin": 0.574, "hmc": 0.65}
 """Acceptance to which step sizes are adapted: Roberts and Rosenthal (1998); Beskos et al. (2013)."""
 _GAIN = 0.1
+WATCHED, STUCK, RUNAWAY = 20, 0.02, 100.0
+"""Steps that are looked at, at least; acceptance of chains that stand still; gap over data energy of ones that run away."""
+CURE = "try a smaller learning rate, clip_norm=1.0, a smaller step_size, or restart=0.05"
 
 
 class Chains(nn.Module):
@@ -158,6 +162,20 @@ class ContrastiveDivergence:
             return f"the chains diverged (their energy is {metrics.get('chain_energy')}); use a smaller step_size, or {fix}"
         return ""
 
+    def concerns(self, history: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """What is wrong with the chains so far: ``chains``, where they stand still or their energies run away."""
+        last = len(history.get("chain_energy", ())) // 10
+        if last < WATCHED:
+            return {}
+        found = {}
+        if "acceptance" in history and (rate := float(np.nanmean(history["acceptance"][-last:]))) < STUCK:
+            found["chains"] = f"the chains stand still (acceptance {rate:.1%}); {CURE}"
+        gap = (history["chain_energy"] - history["data_energy"])[-last:]
+        far = float(np.nanmedian(np.abs(gap)))
+        if far > RUNAWAY * max(1.0, float(np.nanmedian(np.abs(history["data_energy"][-last:])))):
+            found["chains"] = f"the energies of chains and data are {far:.3g} nats apart: the chains run away; {CURE}"
+        return found
+
     # -- the chains ---------------------------------------------------------------------------------------------------
 
     def _negative(self, model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
@@ -239,6 +257,7 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     restart: float = field(default=0.0, kw_only=True)
 
     whole_batches: ClassVar[bool] = True
+    divisible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
