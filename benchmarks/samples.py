@@ -105,7 +105,7 @@ def log_prob(model, x):
     """Mean log-likelihood in nats, what kind of number it is, and its standard error; nothing where there is none."""
     try:
         score = model.log_prob(x, num_samples=500, progress=False)
-    except (pgen.NotAvailable, TypeError):
+    except pgen.NotAvailable:
         return {}
     return {"nats": score.mean, "nats_error": score.std_error, "kind": score.kind}
 

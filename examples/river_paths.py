@@ -66,7 +66,7 @@ def draw(panels: dict[str, Tensor]) -> Figure:
             ax.plot(line[:, 0], line[:, 1] - 7 * row, color="#0072b2", linewidth=1.6)
             for side in (-VALLEY, VALLEY):
                 ax.axhline(side - 7 * row, color="#8a8a8a", linewidth=0.5, linestyle="--")
-        ax.set(xlim=(-2, 25), xticks=[], yticks=[], title=name)
+        ax.set(xlim=(-2, 25), xticks=[], yticks=[], title=name, frame_on=False)
     return figure
 
 

@@ -350,8 +350,13 @@ def evaluate(
 
     if "file" in runs.read_record(folder)["model"]:
         raise ValueError(f"{folder} is of a program of your own: give replicates and data to pgen.evaluation.samples.evaluate")
+    for path in (png, markdown):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} is in {str(path.parent)!r}, which is no folder; create it first")
     fitted, record = runs.open_run(folder, None)
     held = runs.held_out(data, train, record)
+    if features == "classifier" and held.labels is None:
+        raise ValueError("--features classifier needs training data with classes, which these have not; take pca or pixels")
     x = fitted.sample(min(num, len(held.real)), seed=seed)
     labels = held.labels if features == "classifier" else None
     found = samples.evaluate(

@@ -407,12 +407,13 @@ def samples_and_neighbours(found: SampleReport, names: Sequence[str] | None = No
     of = found.neighbours_of
     if shown.ndim <= 2:
         return _lines_to_neighbours(shown.reshape(len(shown), -1), near.reshape(len(near), -1), of, names)
-    figure, (ax,) = _figure(0.62 * len(shown) + 1.2, 2.0)
+    figure, (ax,) = _figure(0.62 * len(shown) + 1.6, 1.8)
     both = np.concatenate([_images("shown", shown), _images("neighbours", near)])
     _show(ax, _mosaic(both, len(shown), *_range(near)))
     bottom = ax.get_ylim()[0]
     ax.set_yticks([bottom / 4, 3 * bottom / 4], ["samples", f"nearest {of}"], color=INK, fontsize=9)
     ax.tick_params(length=0)
+    ax.grid(False)
     ax.set_title(f"{len(shown)} samples and their nearest {of}", color=INK, fontsize=11, loc="left")
     return figure
 

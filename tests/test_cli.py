@@ -188,8 +188,10 @@ def test_evaluate_says_what_is_missing(tables, capsys, folder, program):
     assert cli.run(["fit", "mean.py:model", "--data", "y.csv", "--steps", "5", "-q", "--out", "mean"]) == 0
     assert cli.run(["evaluate", "mean", "y.csv"]) == 2
     assert "is of a program of your own: give replicates" in capsys.readouterr().err
+    assert cli.run(["evaluate", str(tables / "run"), str(tables / "new.csv"), "--png", "nowhere/near.png"]) == 2
+    assert "is in 'nowhere', which is no folder" in capsys.readouterr().err
     assert cli.run(["evaluate", str(tables / "run"), str(tables / "new.csv"), "--features", "classifier", "-q"]) == 2
-    assert "features='classifier' needs `labels`" in capsys.readouterr().err
+    assert "--features classifier needs training data with classes" in capsys.readouterr().err
 
 
 def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, monkeypatch):

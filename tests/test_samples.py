@@ -139,6 +139,7 @@ def test_neighbourhoods_tell_collapse_from_strangeness():
     assert collapsed["recall"].value < 0.05 and collapsed["coverage"].value < 0.3
     strange = samples.neighbourhoods(draw(200, 3, 1, 50.0), real)
     assert all(found.value == 0 for found in strange.values())
+    assert strange["precision"].std_error > 0.005  # 0 of 200 is not certain
     wide = samples.neighbourhoods(4.0 * draw(200, 3, 1), real)
     assert wide["precision"].value < 0.7 and wide["recall"].value > 0.9
 
@@ -364,9 +365,7 @@ def test_bad_input_is_refused_in_one_line(three):
         evaluate(generated[:1], real)
     with pytest.raises(ValueError, match="`real` has 9 rows, which is too few"):
         evaluate(generated, real[:9])
-    with pytest.raises(
-        ValueError, match=r"`real` should have the event shape of `generated`, \(4,\), got \(2, 2\); reshape one"
-    ):
+    with pytest.raises(ValueError, match=r"`generated` should have the event shape of `real`, \(2, 2\), got \(4,\)"):
         evaluate(generated.flatten(1), real)
     with pytest.raises(ValueError, match=r"generated row 3, column \(0, 1\) is nan"):
         evaluate(
@@ -374,6 +373,8 @@ def test_bad_input_is_refused_in_one_line(three):
         )
     with pytest.raises(ValueError, match="`labels` should be one class a row"):
         evaluate(generated, real, train=train[:100], labels=labels)
+    with pytest.raises(ValueError, match="all 120 rows of `real` are equal"):
+        evaluate(generated, torch.ones(120, 2, 2))
     with pytest.raises(ValueError, match="one and the same point"):
         samples.classifier_test(torch.ones(20, 2), torch.ones(20, 2))
     with pytest.raises(ValueError, match="`x` has 8 rows, which is too few: give 10 or more"):

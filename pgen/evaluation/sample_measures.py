@@ -261,6 +261,8 @@ def neighbourhoods(generated: Any, real: Any, *, k: int = 5, resamples: int = RE
         return torch.stack([precision, recall, inside.double().sum() / (k * len(j)), coverage])
 
     value, error, _ = half_samples(statistic, (len(x), len(y)), resamples=resamples, seed=seed)
+    for place, n in ((0, len(y)), (1, len(x)), (3, len(x))):  # no share is known better than 0 of n, after Agresti and Coull
+        error[place] = error[place].clamp(min=math.sqrt(2) / (n + 4))
     names = ("precision", "recall", "density", "coverage")
     return {
         name: Finding(name, float(v), float(e), (len(y), len(x)), note=f"k = {k}") for name, v, e in zip(names, value, error)

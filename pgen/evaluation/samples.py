@@ -245,10 +245,11 @@ def evaluate(
     """
     check_positive("most", most)
     seed = as_seed(seed)
-    given = {"generated": _drawn(generated, real, seed), "real": real} | ({} if train is None else {"train": train})
-    least = max(10, 2 * k + 4)
-    rows = {name: (array, *same_sample(least, **{name: array})) for name, array in given.items()}
-    same_sample(least, **given)
+    given = {"real": real} | ({} if train is None else {"train": train}) | {"generated": _drawn(generated, real, seed)}
+    rows = dict(zip(given, zip(given.values(), same_sample(max(10, 2 * k + 4), **given))))
+    for name in set(given) - {"generated"}:
+        if not bool((rows[name][1] != rows[name][1][0]).any()):
+            raise ValueError(f"all {len(rows[name][1])} rows of `{name}` are equal, so it has no law to hold samples against")
     parts = {name: _thin(array, most, key(seed, name)) for name, (array, _) in rows.items()}
     with Progress(6, progress, QUIET_SECONDS) as bar:
         bar.at(0, "features")
