@@ -20,7 +20,7 @@ from pgen.distributions.kernels import (
     Tophat,
     as_kernel,
 )
-from pgen.models import KernelDensity
+from pgen.models import KernelDensity, kernel_density
 
 N, D, Q = 700, 5, 90
 QUIET = {"progress": False, "compile": "eager"}
@@ -207,6 +207,22 @@ def test_points_in_the_plane_are_taken_from_the_nearest_on(kernel, h, monkeypatc
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     if h < 0.1 and kernel.name in ("gaussian", "epanechnikov", "tophat"):
         assert 26 < blocks < 0.7 * 7 * 26  # of 7 blocks of queries by 26 of points, and 26 to see where they lie
+
+
+def test_a_bandwidth_without_steps_does_not_cost_all_pairs(monkeypatch):
+    """The likelihood that a fit tells is that of some data, each with itself left out."""
+    monkeypatch.setattr(kernel_density, "TOLD_PAIRS", 8 * 600)
+    x, asked = normal(600, 2), []
+    plain = KernelMixture.log_prob
+    monkeypatch.setattr(KernelMixture, "log_prob", lambda self, value: (asked.append(len(value)), plain(self, value))[1])
+    kde = pgen.models.KernelDensity((2,), bandwidth=0.4)
+    run = kde.fit(x, precision="float64", progress=False)
+    assert sum(asked) == 8
+    some = torch.linspace(0, 599, 8, dtype=torch.float64).long()
+    left = [
+        brute(x[i : i + 1], torch.cat([x[:i], x[i + 1 :]]), torch.tensor(0.4).double(), Gaussian().log_density) for i in some
+    ]
+    assert -run.history["loss"][0] == pytest.approx(float(torch.cat(left).mean()), abs=1e-6)
 
 
 def test_memory_does_not_grow_with_the_data():
