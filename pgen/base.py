@@ -861,10 +861,8 @@ class GenerativeModel(_Questions, PyroModule):
             latent = self._draws_latents(batch)
         word = self._word(self.default_objective(), latent)
         run = Run(stopped=how, num_data=len(batch["x"]), seed=seed, epochs=1.0, word=word)
-        for name, data in (
-            ("training", self._told(batch)),
-            ("validation", None if validation is None else self._placed(validation)),
-        ):
+        held_out = None if validation is None else self._placed(validation)
+        for name, data in (("training", self._rows_to_tell(batch)), ("validation", held_out)):
             if data is None:
                 continue
             with keyed_rng(key(seed, name), device):
@@ -878,7 +876,7 @@ class GenerativeModel(_Questions, PyroModule):
         self.last_run = run
         return run
 
-    def _told(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _rows_to_tell(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The training data whose likelihood a fit in closed form tells: all, unless that is dear."""
         return batch
 

@@ -192,7 +192,7 @@ def test_adaptive_and_left_out_points_equal_brute_force():
 @every_kernel
 @pytest.mark.parametrize("h", [0.01, 0.6])
 def test_points_in_the_plane_are_taken_from_the_nearest_on(kernel, h, monkeypatch):
-    for name, value in {"QUERIES": 30, "POINTS": 40, "CROWD": 2}.items():
+    for name, value in {"QUERIES": 30, "POINTS": 40, "CROWD": 2, "THIN": 1, "SPREAD": {True: 0.0, False: 0.0}}.items():
         monkeypatch.setattr(kernel_mixture, name, value)
     taken = []
     plain = kernel_mixture._Sum._height
@@ -219,9 +219,8 @@ def test_a_bandwidth_without_steps_does_not_cost_all_pairs(monkeypatch):
     run = kde.fit(x, precision="float64", progress=False)
     assert sum(asked) == 8
     some = torch.linspace(0, 599, 8, dtype=torch.float64).long()
-    left = [
-        brute(x[i : i + 1], torch.cat([x[:i], x[i + 1 :]]), torch.tensor(0.4).double(), Gaussian().log_density) for i in some
-    ]
+    h = torch.tensor(0.4).double()
+    left = [brute(x[i : i + 1], torch.cat([x[:i], x[i + 1 :]]), h, Gaussian().log_density) for i in some]
     assert -run.history["loss"][0] == pytest.approx(float(torch.cat(left).mean()), abs=1e-6)
 
 

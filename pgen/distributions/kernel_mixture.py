@@ -37,7 +37,11 @@ QUERIES, POINTS = 512, 2048
 FAR = 20
 """A block on a GPU is this many times larger."""
 CROWD, FEW = 8, 3
-"""So many blocks of points or more, in so few dimensions or fewer, are ordered by place."""
+"""So many blocks of points or more, in so few dimensions or fewer, are ordered by place..."""
+SPREAD = {True: 2.0, False: 12.0}
+"""... where they are spread over so many bandwidths, for a compact kernel and a Gaussian one: their standard deviation."""
+THIN = 8
+"""A block of such queries is so much smaller."""
 NOTHING = 45.0
 """Nats below a sum at which the bound of a whole block adds nothing to it."""
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -307,13 +311,19 @@ class _Sum:
 
     def streamed(self, x: Tensor) -> Tensor:
         """In blocks; float64."""
-        m = self.mixture
-        few = 0 < len(self.real) <= FEW and isinstance(self.kernel, Radial) and m.without is None
-        if not few or len(x) < QUERIES or len(m.points) < CROWD * POINTS or x.device.type != "cpu":
+        if len(x) < QUERIES or not self._sparse():
             return self._in_order(x)
-        order, out = _by_place(self._white(x), QUERIES), x.new_zeros(len(x), dtype=torch.float64)
+        order, out = _by_place(self._white(x), QUERIES // THIN), x.new_zeros(len(x), dtype=torch.float64)
         out[order] = self._placed()._in_order(x[order])
         return out
+
+    def _sparse(self) -> bool:
+        """Whether most points are too far from a place to be seen there, and their order is worth making."""
+        m, kernel = self.mixture, self.kernel
+        if len(m.points) < CROWD * POINTS or not 0 < len(self.real) <= FEW or m.without is not None or m.points.is_cuda:
+            return False
+        bounded = isinstance(kernel, Gaussian) or (kernel.compact and isinstance(kernel, Radial))
+        return bounded and float(self._white(m.points).std(0).amax()) > SPREAD[kernel.compact]
 
     def _placed(self) -> _Sum:
         """The same sum with the points in an order of place, whose blocks have boxes."""
@@ -327,7 +337,7 @@ class _Sum:
 
     def _in_order(self, x: Tensor) -> Tensor:
         out, reach = [], self._reach()
-        queries, _ = self._block(x)
+        queries = self._block(x)[0] // (1 if self.boxes is None else THIN)
         for start in range(0, len(x), queries):
             rows = slice(start, min(start + queries, len(x)))
             part = x[rows]

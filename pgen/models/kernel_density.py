@@ -232,12 +232,11 @@ class KernelDensity(GenerativeModel):
         self._keep(batch)
         return f"kernel density: bandwidth {'given' if self.given is not None else 'by the rule of ' + self.rule.capitalize()}"
 
-    def _told(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _rows_to_tell(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Some of many data, evenly spread: each costs a sum over all."""
         rows = len(batch["x"])
-        index = torch.linspace(
-            0, rows - 1, min(max(FEWEST, TOLD_PAIRS // rows), rows), dtype=torch.float64, device=batch["x"].device
-        ).long()
+        some = min(max(FEWEST, TOLD_PAIRS // rows), rows)
+        index = torch.linspace(0, rows - 1, some, dtype=torch.float64, device=batch["x"].device).long()
         return {name: value[index] for name, value in batch.items()}
 
     def prime(self, data: Batch) -> None:
