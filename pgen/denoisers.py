@@ -56,9 +56,15 @@ class ResidualMLP(nn.Module):
         event_shape: Shape of z.
         width: Size of the hidden layers.
         blocks: Residual blocks.
+        octaves: How many doublings of :math:`\sin(2^k z), \cos(2^k z)` stand beside z: a network sees fine structure in few
+            numbers by them.
         outputs: Numbers for each of z; with 1 there is no axis of outputs.
         context_dim: Size of the context; 0 for none.
         dropout: Probability with which a hidden unit is left out of a training step.
+
+    References:
+        Tancik et al. (2020), Fourier features let networks learn high frequency functions, arXiv:2006.10739; Kingma et al.
+        (2021), arXiv:2107.00630, appendix C.
 
     Example:
         >>> network = ResidualMLP((2, 3), width=8, blocks=1)
@@ -72,15 +78,17 @@ class ResidualMLP(nn.Module):
         width: int = 512,
         blocks: int = 3,
         *,
+        octaves: int = 0,
         outputs: int = 1,
         context_dim: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.octaves = octaves
         self.shape = (*event_shape, outputs) if outputs > 1 else tuple(event_shape)
         size = math.prod(event_shape)
         self.embed = LevelEmbedding(width, context_dim)
-        self.first = nn.Linear(size, width)
+        self.first = nn.Linear(size * (1 + 2 * octaves), width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.last = nn.Linear(width, size * outputs)
@@ -90,10 +98,17 @@ class ResidualMLP(nn.Module):
     def forward(self, z: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs at every number of z."""
         told = self.embed(level, context)  # (B, width)
-        h = self.first(z.flatten(1))
+        h = self.first(self._seen(z.flatten(1)))
         for block in self.blocks:
             h = block(h, told)
         return self.last(silu(self.norm(h))).unflatten(-1, self.shape)
+
+    def _seen(self, z: Tensor) -> Tensor:
+        """z and its waves, ``(B, D (1 + 2 octaves))``."""
+        if not self.octaves:
+            return z
+        waves = (z.unsqueeze(-1) * 2.0 ** torch.arange(self.octaves, device=z.device)).flatten(1)
+        return torch.cat([z, waves.sin(), waves.cos()], -1)
 
 
 class _Block(nn.Module):

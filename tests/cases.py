@@ -215,7 +215,7 @@ CASES: dict[str, Case] = {
     "diffusion_steps_context": noisy(
         diffusion(num_steps=7, prediction="noise", schedule="cosine", context_dim=CONTEXT), _REALS, _CONTEXT
     ),
-    "diffusion_learned": noisy(diffusion(schedule="learned", prediction="data", dropout=0.1), _REALS),
+    "diffusion_learned": noisy(diffusion(schedule="learned", prediction="data", dropout=0.1, octaves=2), _REALS),
     "diffusion_standardized": noisy(lambda seed: diffusion(preprocess=Standardize())(seed), _REALS),
     "diffusion_bits": noisy(diffusion(likelihood="bernoulli", schedule="linear"), _BITS),
     "diffusion_classes_context": noisy(

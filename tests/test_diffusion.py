@@ -309,6 +309,7 @@ def test_a_fit_goes_on_bit_by_bit(tmp_path):
     [
         ({"prediction": "classes"}, "goes with likelihood='categorical' or 'bernoulli', got 'gaussian'"),
         ({"likelihood": "categorical"}, "`num_classes` goes with likelihood='categorical', and is needed there; got None"),
+        ({"log_snr": (5.0, -5.0)}, r"`log_snr` should be the lower end and the higher, such as .*, got \(5.0, -5.0\)"),
         ({"schedule": "cosin"}, "`schedule`"),
         ({"context_dropout": 1.0}, r"`context_dropout` is a share in \[0, 1\), got 1.0"),
         ({"network": "unet"}, r"`event_shape` of a U-Net should be \(H, W\) or \(C, H, W\), got \(3,\)"),

@@ -68,6 +68,7 @@ class DenoisingModel(GenerativeModel):
         network: ``"mlp"``, ``"unet"``, or a module.
         width: Hidden units, or channels.
         blocks: Residual blocks of the dense network.
+        octaves: Doublings of waves of z that the dense network sees.
         outputs: Numbers that the network gives for each of x.
         dropout: Of hidden units, in training.
         context_dim: Size of the context; 0 for none.
@@ -89,6 +90,7 @@ class DenoisingModel(GenerativeModel):
         *,
         width: int | None,
         blocks: int,
+        octaves: int,
         outputs: int,
         dropout: float,
         context_dim: int,
@@ -99,10 +101,13 @@ class DenoisingModel(GenerativeModel):
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("width", width, allow_none=True)
         check_positive("blocks", blocks)
+        if octaves < 0:
+            raise ValueError(f"`octaves` should be 0 or more, got {octaves}")
         for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):
             if not 0 <= share < 1:
                 raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
-        self.width, self.blocks, self.dropout, self.context_dropout = width, blocks, float(dropout), float(context_dropout)
+        self.width, self.blocks, self.octaves = width, blocks, octaves
+        self.dropout, self.context_dropout = float(dropout), float(context_dropout)
         self.network_name = network if isinstance(network, str) else ""
         with self.initial_weights(seed):
             self.network = network if isinstance(network, nn.Module) else self._made(network, outputs)
@@ -115,8 +120,9 @@ class DenoisingModel(GenerativeModel):
         if name == "unet":
             return UNet(self.event_shape, self.width or 32, outputs=outputs, context_dim=told, dropout=self.dropout)
         return ResidualMLP(
-            self.event_shape, self.width or 256, self.blocks, outputs=outputs, context_dim=told, dropout=self.dropout
-        )
+            self.event_shape, self.width or 256, self.blocks, octaves=self.octaves, outputs=outputs, context_dim=told,
+            dropout=self.dropout,
+        )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
@@ -124,7 +130,7 @@ class DenoisingModel(GenerativeModel):
             raise ValueError(
                 f"a {type(self).__name__} with a network of your own cannot be saved whole; save network.state_dict() yourself"
             )
-        names = ("width", "blocks", "dropout", "context_dim", "context_dropout")
+        names = ("width", "blocks", "octaves", "dropout", "context_dim", "context_dropout")
         plain = {name: getattr(self, name) for name in names}
         return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
 

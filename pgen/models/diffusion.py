@@ -77,6 +77,8 @@ class Diffusion(DenoisingModel):
             number says whether the rest is given, left out without context. A model with a module of yours cannot be saved.
         width: Hidden units, or channels.
         blocks: Residual blocks of the dense network.
+        octaves: Doublings of waves of z that the dense network sees beside z; 6 for few numbers of fine structure, such as
+            narrow islands in the plane.
         prediction: What the network gives: ``"velocity"`` (:math:`\alpha \epsilon - \sigma x`), ``"noise"``, ``"data"``, or
             ``"classes"``: for each number the logits of its levels apart from what z itself says of it (a module gives
             ``(B, *event_shape, K)``). By default classes up to 32 levels, else velocity.
@@ -112,6 +114,7 @@ class Diffusion(DenoisingModel):
         *,
         width: int | None = None,
         blocks: int = 3,
+        octaves: int = 0,
         prediction: str | None = None,
         likelihood: str = "gaussian",
         num_classes: int | None = None,
@@ -128,11 +131,14 @@ class Diffusion(DenoisingModel):
         prediction = prediction or ("classes" if 0 < self.classes <= MOST_CLASSES else "velocity")
         check_choice("prediction", prediction, PREDICTIONS)
         check_positive("num_steps", num_steps, allow_none=True)
+        if log_snr is not None and not log_snr[0] < log_snr[1]:
+            raise ValueError(f"`log_snr` should be the lower end and the higher, such as (-10, 13.3), got {tuple(log_snr)}")
         if prediction == "classes" and not self.classes:
             raise ValueError("prediction='classes' goes with likelihood='categorical' or 'bernoulli', got 'gaussian'")
         super().__init__(
-            event_shape, network, width=width, blocks=blocks, outputs=self.classes if prediction == "classes" else 1,
-            dropout=dropout, context_dim=context_dim, context_dropout=context_dropout, preprocess=preprocess, seed=seed,
+            event_shape, network, width=width, blocks=blocks, octaves=octaves,
+            outputs=self.classes if prediction == "classes" else 1, dropout=dropout, context_dim=context_dim,
+            context_dropout=context_dropout, preprocess=preprocess, seed=seed,
         )  # fmt: skip
         self.prediction, self.likelihood, self.num_classes = prediction, likelihood, num_classes
         self.schedule_name, self.log_snr, self.num_steps = schedule, log_snr, num_steps
