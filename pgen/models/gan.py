@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,6 +29,7 @@ from ..contracts import Batch, NotAvailable, Score, Seed, check_choice, check_po
 from ..data.transforms import Standardize, Transform
 from ..evaluation.annealing import AIS, anneal
 from ..objectives.adversarial import Adversarial
+from ..objectives.schedules import Linear
 from ..programs import isolated
 from ..training.fit import Training
 from ..training.optim import Adam
@@ -35,11 +37,16 @@ from ..training.optim import Adam
 __all__ = ["GAN"]
 
 
+BATCH = 128
+"""Data a step, unless told otherwise, down to a multiple of the pack."""
+
+
 class GAN(GenerativeModel):
     r"""Generator and critic, trained against each other.
 
-    ``fit(x)`` plays `pgen.objectives.Adversarial`, non-saturating with R1 unless told otherwise: two optimizers, one captured
-    step. The model then holds the moving average of the parameters.
+    ``fit(x)`` plays `pgen.objectives.Adversarial`: unless told otherwise non-saturating with R1 that falls from .1 to .001, for
+    10 000 steps of Adam (1e-3, betas .5 and .999) whose rate falls to zero; the model then holds the moving average of the
+    parameters (``ema=0.99``). Each player may have an optimizer of its own, ``optimizer={"critic": ..., "generator": ...}``.
 
     Shapes: x ``(N, *event_shape)``, context ``(N, context_dim)``, z ``(N, latent_dim)``.
 
@@ -70,6 +77,7 @@ class GAN(GenerativeModel):
 
     family = "gan"
     has_density = False
+    default_steps = 10_000
 
     def __init__(
         self,
@@ -159,11 +167,15 @@ class GAN(GenerativeModel):
     # -- fitting ------------------------------------------------------------------------------------------------------
 
     def default_objective(self) -> Adversarial:
-        """The non-saturating game with a little R1, which keeps it from turning in circles."""
-        return Adversarial(r1=0.1)
+        """The non-saturating game; R1 keeps it from turning in circles at first, and lets the critic be sharp at last."""
+        return Adversarial(r1=Linear(0.1, 0.001))
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
-        return Adam(5e-4, betas=(0.5, 0.999)), settings
+        rate, ema = settings.schedule or "linear", settings.ema or 0.99
+        return Adam(1e-3, betas=(0.5, 0.999)), replace(settings, schedule=rate, ema=ema)
+
+    def _default_batch(self, num_data: int) -> int:
+        return max(min(BATCH, num_data) // self.pack, 1) * self.pack
 
     def _strict(self, batch: Batch, num_data: int) -> None:
         """Both networks fit the data, and a batch is one that they can learn from."""
