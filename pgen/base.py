@@ -445,7 +445,7 @@ class _Questions(nn.Module):
         try:
             traces = check_pair(*self.programs(), batch, num_data)
         except (ValueError, RuntimeError) as error:
-            raise _one_line(error) from error
+            raise _one_line(error, self._advice(error, batch)) from error
         rows = batch_length(batch)
         if 0 < rows < num_data and not any(term.local for term in traces.model.values()):
             raise ValueError(
@@ -453,6 +453,10 @@ class _Questions(nn.Module):
                 f'write `with pyro.plate("{DATA_PLATE}", len(x))`, or leave batch_size out'
             )
         return traces
+
+    def _advice(self, error: Exception, batch: Batch) -> str:
+        """What to do about an error that a first look at the data brought up."""
+        return ""
 
     def materialize(self, batch: Batch, num_data: int, *, minibatch: bool) -> None:
         """Run the programs once, so that parameters made on the way exist; later ones are refused."""
@@ -536,6 +540,17 @@ _FIT_ARGUMENTS = (
 )  # fmt: skip
 
 
+def _parted(batch: dict[str, Tensor], share: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The rows to fit and those to hold out, chosen by the seed; none where the share is less than a row."""
+    rows = batch_length(batch)
+    held = round(share * rows)
+    if not held:
+        return batch, None
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(key(seed, "hold out"))).to(_device(batch))
+    train, test = (cast(dict[str, Tensor], take(batch, part)) for part in (order[held:].sort().values, order[:held]))
+    return train, test
+
+
 def _training(training: Training | None, options: dict[str, Any]) -> Training:
     names = [f.name for f in fields(Training)]
     for name in options:
@@ -544,11 +559,11 @@ def _training(training: Training | None, options: dict[str, Any]) -> Training:
     return replace(training or Training(), **options)
 
 
-def _one_line(error: Exception) -> ValueError:
+def _one_line(error: Exception, advice: str = "") -> ValueError:
     text = " ".join(str(error).split()).partition(", but found invalid values:")[0]
     if "Shape mismatch inside plate" in text:
         text += "; check the sizes of the plates against the data"
-    return ValueError(text[:400])
+    return ValueError(text[:400] + advice)
 
 
 def _device(batch: Batch) -> torch.device:
@@ -612,8 +627,19 @@ class GenerativeModel(_Questions, PyroModule):
     unit_rows: ClassVar[int] = UNIT_ROWS
     """Most rows that ``log_prob`` evaluates at a time. A family whose distribution bounds its own memory takes more, and its
     program is then run as written unless a tier is asked for."""
+    holds_out: ClassVar[float] = 0.0
+    """Share of the rows that ``fit`` holds out, to stop in time, if it is told neither held-out data nor how long to train."""
     default_batch_size = 100
     default_epochs = 100
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Name the nearest setting where one is unknown."""
+        accepted = inspect.signature(cls.__init__).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            for name in settings:
+                if name not in accepted:
+                    raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
+        return super().__new__(cls)
 
     def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
         super().__init__()
@@ -657,12 +683,8 @@ class GenerativeModel(_Questions, PyroModule):
         x = as_batch(x, name="x")
         if not isinstance(x, Tensor) or x.dim() < 2:
             raise TypeError(f"`x` should be one array of data, (N, *event_shape), got {type(x).__name__}")
-        accepted = inspect.signature(cls).parameters
-        for name in settings:
-            if name not in accepted:
-                raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
         made: Any = cls
-        weights = {"seed": seed} if "seed" in accepted else {}
+        weights = {"seed": seed} if "seed" in inspect.signature(cls).parameters else {}
         return made(tuple(x.shape[1:]), **{**cls.suggest(x, settings), **settings}, **weights)
 
     @classmethod
@@ -785,7 +807,9 @@ class GenerativeModel(_Questions, PyroModule):
             data: x, shape ``(N, *event_shape)``: a tensor, an array, or a source of rows larger than memory, such as
                 ``pgen.data.MemoryMapped("x.npy")``, or any object with ``len`` and ``rows(indices)``. Of a source some 4096
                 rows are looked at first (preprocessing is fitted to them); every row is checked when it is read.
-            validation: Held-out x, for its log-likelihood or bound while training, and early stopping.
+            validation: Held-out x, for its log-likelihood or bound while training, and early stopping; or the share of the data
+                to hold out, such as 0.1 (0 for none). By default none, but for families that overfit small data (``Flow``,
+                ``MADE``): told neither ``validation`` nor ``epochs`` nor ``steps``, they hold out a tenth, and the run says so.
             context: Context of each datum, shape ``(N, context_dim)``.
             validation_context: Context of each validation datum.
             objective: ``pgen.ELBO()`` by default, ``pgen.IWAE(k)``, or any function (model, guide, batch, scalars).
@@ -811,22 +835,39 @@ class GenerativeModel(_Questions, PyroModule):
         """
         if is_source(data) and context is not None:
             raise ValueError("`context` goes with arrays; a data source gives it in its rows: {'x': ..., 'context': ...}")
-        self.to(dtype=_training(training, options).dtype)  # before data are read in it
+        settings, seed = _training(training, options), as_seed(seed)
+        self.to(dtype=settings.dtype)  # before data are read in it
         batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
         batch = self._placed(batch)
-        held_out = None if validation is None else self._batch("validation", validation, validation_context)
+        share = self._share(validation, source, epochs is None and steps is None and settings.stop != "converged")
+        held_out = self._batch("validation", validation, validation_context) if share is None else None
+        if share:
+            batch, held_out = _parted(batch, share, seed)
         if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"], **self._seen(batch))
         asked = (source, objective, optimizer, epochs, steps, batch_size, training)
         changed = {name for name, value in options.items() if value != getattr(Training, name, ...)}
         plain = all(option is None for option in asked) and changed <= {"device", "precision"}
-        if plain and self.solvable and (run := self._solved(batch, held_out, as_seed(seed), _training(None, options))):
-            return run
-        return self._fit(
+        run = self._solved(batch, held_out, seed, settings) if plain and self.solvable else None
+        run = run or self._fit(
             batch, held_out, source=source, objective=objective, optimizer=optimizer, epochs=epochs, steps=steps,
             batch_size=batch_size, seed=seed, checkpoint=checkpoint, callbacks=callbacks, progress=progress, training=training,
             options=options,
         )  # fmt: skip
+        run.held_out = batch_length(held_out) if share and held_out is not None else 0
+        return run
+
+    def _share(self, validation: Any, source: Checked | None, unsaid: bool) -> float | None:
+        """The share of the data to hold out; None where held-out data are given."""
+        if validation is None:
+            return self.holds_out if unsaid and source is None else 0.0
+        if not isinstance(validation, (int, float)):
+            return None
+        if not 0 <= validation < 1:
+            raise ValueError(f"`validation` should be held-out data, or the share of the data to hold out, got {validation}")
+        if validation and source is not None:
+            raise ValueError("`validation` is a share, and a data source is not divided; give some of its rows")
+        return float(validation)
 
     def solve(self, batch: dict[str, Tensor]) -> str:
         """Set the parameters to those of maximum likelihood in closed form, and say how; where there is none, say nothing.
@@ -991,6 +1032,15 @@ class GenerativeModel(_Questions, PyroModule):
         if self._mass_bound:
             return "mass"
         return measure_of(self._observed(take(batch, slice(0, 1)))[1])
+
+    def _advice(self, error: Exception, batch: Batch) -> str:
+        """The likelihood that the data ask for, where they lie outside the support of that which was chosen."""
+        settings = self.settings()
+        if "outside the support" not in str(error) or settings.get("likelihood") is None or settings.get("columns"):
+            return ""
+        found = self.suggest(cast(dict[str, Any], batch)["x"], {})
+        words = ", ".join(f"{name}={found[name]!r}" for name in ("likelihood", "num_classes") if name in found)
+        return f": for such data {words}" if found.get("likelihood") != settings["likelihood"] else ""
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
         prepared, fn = self._observed(batch)

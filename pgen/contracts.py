@@ -236,6 +236,7 @@ class Run:
         skipped: Steps whose loss or gradient was not finite; they changed no parameter.
         seconds: Wall time.
         num_data: Data in the training set.
+        held_out: Data that ``fit`` held out of those that it was given.
         seed: The seed that keyed order and noise.
         word: What was maximised: ``log-likelihood`` where it is exact, ``bound``, or the objective's own word.
         resumed: The step of the checkpoint that it went on from; 0 for a fit from the start.
@@ -253,6 +254,7 @@ class Run:
     skipped: int = 0
     seconds: float = 0.0
     num_data: int = 0
+    held_out: int = 0
     seed: int = 0
     word: str = "bound"
     resumed: int = 0
@@ -297,7 +299,9 @@ class Run:
         tier = f"{self.tier} tier" + (f" ({self.tier_reason})" if self.tier_reason else "")
         skipped = f"; {self.skipped} non-finite steps skipped" if self.skipped else ""
         summed = self.word in LIKELIHOODS and not len(self.validation.get("bound", ()))
-        figure = f"{self.figure} (N = {self.num_data}{f', in all {self.bound * self.num_data:.2f}' if summed else ''})"
+        total = f", in all {self.bound * self.num_data:.2f}" if summed else ""
+        held = f", {self.held_out} held out" if self.held_out else ""
+        figure = f"{self.figure} (N = {self.num_data}{held}{total})"
         if not self.steps:
             return f"{figure}\nno steps: {self.stopped}, {self.seconds:.2f} s"
         warned = "".join(f"\nwarning: {line}" for line in self.warnings)
@@ -389,9 +393,18 @@ def as_seed(seed: Seed) -> int:
     return int(seed)
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``."""
+def check_choice(argument: str, value: str, choices: Sequence[str], known_as: Mapping[str, str] | None = None) -> None:
+    """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``.
+
+    Args:
+        argument: Its name.
+        value: What it is.
+        choices: What it may be.
+        known_as: Other names of choices, in the literature or in other packages, in lower case.
+    """
     if value not in choices:
+        if isinstance(value, str) and (meant := (known_as or {}).get(value.lower())):
+            raise ValueError(f"`{argument}` is {value!r}, which is called {meant!r} here (known: {', '.join(choices)})")
         raise ValueError(f"`{argument}` is {value!r}, which is unknown{nearest(str(value), choices)}")
 
 

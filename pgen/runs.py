@@ -78,6 +78,11 @@ TEST_SHARE = 0.2
 """Of such data, held out for a comparison."""
 SPLITS = {"digits": pgen.data.digits}
 """Bundled sets that are split: bare names are fitted on ``:train`` and ``:validation`` and judged on ``:test``."""
+SHORT = {
+    "kde": "kernel_density", "gmm": "gaussian_mixture", "ppca": "probabilistic_pca", "fa": "factor_analysis",
+    "hmm": "hidden_markov",
+}  # fmt: skip
+"""What families are called for short."""
 _PARTS = ("train", "validation", "test")
 _LEVELS = (17, 256)  # of grey images given in [0, 1]
 _MAX_RECORD = 64 * 2**20  # bytes
@@ -197,7 +202,7 @@ class Subject:
         families = pgen.models.REGISTRY
         if name is None:
             raise ValueError(f"--model is missing: name a family{nearest('', families)}")
-        check_choice("--model", name, tuple(families))
+        name = _named("--model", name)
         settings = check_settings(name, settings)
         parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, density=families[name].has_density)
         return cls.of_parts(parts, name, settings, seed)
@@ -638,14 +643,20 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
 # --- comparisons -----------------------------------------------------------------------------------------------------------
 
 
+def _named(option: str, name: str) -> str:
+    """The family of a name, which may be a short one."""
+    name = SHORT.get(name, name)
+    check_choice(option, name, tuple(pgen.models.REGISTRY))
+    return name
+
+
 def check_models(text: str) -> list[str]:
     """``"gaussian,vae"`` as a list of families that have a density."""
     families = pgen.models.REGISTRY
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [_named("--models", name.strip()) for name in text.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"--models takes families separated by commas, each once, such as gaussian,vae; got {text!r}")
     for name in names:
-        check_choice("--models", name, tuple(families))
         if not families[name].has_density:
             raise ValueError(f"--models: {name} has no density, so there is nothing to compare; leave it out")
     return names
@@ -656,6 +667,7 @@ def parse_each(assignments: Sequence[str], names: Sequence[str]) -> dict[str, di
     found: dict[str, list[str]] = {name: [] for name in names}
     for text in assignments:
         name, dot, assignment = text.partition(".")
+        name = SHORT.get(name, name)
         if not dot or name not in found:
             raise ValueError(f"--set takes MODEL.KEY=VALUE with a model of --models ({', '.join(names)}), got {text!r}")
         found[name].append(assignment)

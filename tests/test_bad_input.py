@@ -549,3 +549,72 @@ def test_moments_of_a_number_that_never_varies_are_told_from_others():
     x = torch.stack([torch.linspace(-1.0, 1.0, 20), torch.full((20,), 7.0)], 1)
     with refused("number 1 of each datum is constant, 7 in all 20 data: drop it"):
         models.MaximumEntropy((2,)).fit(x)
+
+
+# --- names and sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "match"),
+    [
+        (lambda: pgen.models.GaussianMixture((2,), n_components=3), TypeError, "'n_components'; did you mean 'num_components'"),
+        (lambda: pgen.models.Flow((2,), transfrom="x"), TypeError, "Flow has no setting 'transfrom'; did you mean 'transform'"),
+        (
+            lambda: pgen.models.Flow((2,), "MAF"),
+            ValueError,
+            "is 'MAF', which is called 'affine_autoregressive' here",
+        ),
+        (lambda: pgen.models.Flow((2,), "spline_coupled"), ValueError, "did you mean 'spline_coupling'"),
+    ],
+)
+def test_a_near_miss_names_what_was_meant(make, kind, match):
+    with refused(match, kind):
+        make()
+
+
+@pytest.mark.parametrize("make", [pgen.models.GaussianMixture, pgen.models.Mixture])
+def test_more_components_than_data_are_refused(make):
+    with refused("`data` has 4 rows for 5 components; give more, or take fewer components"):
+        make((2,), 5).fit(torch.arange(8.0).reshape(4, 2) % 2, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "match"),
+    [
+        (
+            lambda: pgen.models.MADE((2,)),
+            torch.randn(9, 2),
+            "support .* for such data likelihood='gaussian_mixture'",
+        ),
+        (lambda: vae(likelihood="bernoulli"), torch.randn(9, 2, 3), "for such data likelihood='gaussian'"),
+        (lambda: pgen.models.MADE((2,)), torch.arange(8.0).reshape(4, 2), "likelihood='categorical', num_classes=8"),
+    ],
+)
+def test_data_outside_the_support_name_a_likelihood(make, data, match):
+    with refused(match):
+        make().fit(data, steps=1, progress=False)
+
+
+def test_a_share_of_the_data_is_held_out():
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    run = pgen.models.Flow((2,), hidden=(4,)).fit(x, epochs=2, validation=0.2, progress=False)
+    assert (run.num_data, run.held_out) == (40, 10) and "(N = 40, 10 held out)" in str(run)
+    run = pgen.models.Gaussian((2,)).fit(x, validation=0.1)
+    assert (run.num_data, run.held_out) == (45, 5) and len(run.validation["bound"]) == 1
+    with refused("`validation` should be held-out data, or the share of the data to hold out, got 3"):
+        pgen.models.Gaussian((2,)).fit(x, validation=3)
+    with refused("`validation` is a share of the data, and leave-one-out holds out each in turn"):
+        pgen.models.KernelDensity((2,)).fit(x, validation=0.1)
+
+
+def test_a_flow_that_is_told_nothing_holds_rows_out_and_any_word_of_it_is_heard(monkeypatch):
+    monkeypatch.setattr(pgen.models.Flow, "default_epochs", 2)
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+    def fit(**options):
+        run = pgen.models.Flow((2,), hidden=(4,)).fit(x, progress=False, **options)
+        return run.num_data, run.held_out, len(run.validation.get("bound", ())) > 0
+
+    assert fit() == (45, 5, True)
+    assert fit(epochs=2) == fit(steps=2) == fit(validation=0) == (50, 0, False)
+    assert fit(validation=x[:7]) == (50, 0, True)

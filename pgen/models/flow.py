@@ -33,6 +33,12 @@ from ..training.optim import Adam
 
 __all__ = ["Flow"]
 
+KNOWN_AS = {
+    "maf": "affine_autoregressive", "iaf": "affine_autoregressive", "realnvp": "affine_coupling", "real_nvp": "affine_coupling",
+    "nice": "affine_coupling", "nsf": "spline_autoregressive", "spline": "spline_autoregressive",
+    "naf": "neural_autoregressive", "cnf": "continuous", "ffjord": "continuous",
+}  # fmt: skip
+"""What papers and other packages call transforms."""
 LOOKED = 10_000
 """Most data that the start of a fit looks at."""
 ATOM = 0.1
@@ -97,6 +103,7 @@ class Flow(GenerativeModel):
     family = "flow"
     default_batch_size = 256
     default_epochs = 200
+    holds_out = 0.1
 
     def __init__(
         self,
@@ -115,7 +122,7 @@ class Flow(GenerativeModel):
         seed: Seed = 0,
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
-        check_choice("transform", transform, TRANSFORMS)
+        check_choice("transform", transform, TRANSFORMS, KNOWN_AS)
         permutation = permutation or ("lu" if transform.endswith("coupling") else "reverse")
         check_choice("permutation", permutation, PERMUTATIONS)
         transforms = transforms or (1 if transform == "continuous" else 3)

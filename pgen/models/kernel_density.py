@@ -221,6 +221,8 @@ class KernelDensity(GenerativeModel):
         given = dict(data) if isinstance(data, dict) else {"x": data}
         if given.get("row") is not None:
             raise ValueError("`data` has 'row', which says what log_prob leaves out; fit leaves out each datum itself")
+        if isinstance(options.get("validation"), (int, float)):
+            raise ValueError("`validation` is a share of the data, and leave-one-out holds out each in turn; leave it out")
         rows = len(as_batch(given["x"])) if "x" in given else 0
         self.primed = False
         return super().fit({**given, "row": torch.arange(rows)}, **options)

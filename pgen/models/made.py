@@ -79,6 +79,7 @@ class MADE(GenerativeModel):
     family = "made"
     real_likelihood = "gaussian_mixture"
     stepwise = True
+    holds_out = 0.1
     orders: Tensor
     shift: Tensor
     scale: Tensor

@@ -111,6 +111,10 @@ class _Mixture(GenerativeModel):
     def prime(self, data: Batch) -> None:
         """Start at the best of ``restarts`` runs of k-means."""
         x = cast(dict[str, Tensor], self._prepared(data)[0])["x"]
+        if len(x) < self.num_components:
+            raise ValueError(
+                f"`data` has {len(x)} rows for {self.num_components} components; give more, or take fewer components"
+            )
         x = x[torch.randperm(len(x), device=x.device)[:START_ROWS]] if len(x) > START_ROWS else x
         seeds = torch.randint(2**31 - 1, (self.restarts,)).tolist()
         with torch.no_grad():
