@@ -458,8 +458,8 @@ class MixtureOf(_Mixture):
     def _start(self, x: Tensor, weight: Tensor) -> float:
         self.arrays.set({"weights": smoothed_log_share(weight)})
         for model, share in zip(self._models(), weight.T):
-            mine = x[share > 0]
-            model.prime({"x": mine if len(mine) > 1 else x})
+            mine, least = x[share > 0], max(2, getattr(model, "num_components", 2))
+            model.prime({"x": mine if len(mine) >= least else x})
         return 0.0  # there is but one start
 
 
