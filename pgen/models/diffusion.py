@@ -247,7 +247,8 @@ class Diffusion(DenoisingModel):
         Args:
             n: How many.
             context: One context for all, shape ``(1, context_dim)``, or one for each.
-            solver: ``"dpm"``, ``"heun"``, ``"ddim"`` (the probability-flow equation in few steps), or ``"ancestral"``.
+            solver: ``"dpm"``, ``"heun"``, ``"ddim"`` (the probability-flow equation in few steps, which are closer together at
+                middle levels of noise), or ``"ancestral"``.
             steps: Of the solver; by default 20, of ``ancestral`` T, or 1000 in continuous time.
             guidance: w of classifier-free guidance, :math:`\hat{x}_\varnothing + w (\hat{x}_c - \hat{x}_\varnothing)`:
                 1 is the model's own p(x | c), above 1 presses towards what is typical of c alone.
@@ -276,10 +277,11 @@ class Diffusion(DenoisingModel):
         return SOLVERS[self._sampling.solver](estimate, z, self._levels(self._sampling))
 
     def _levels(self, sampling: _Sampling) -> Tensor:
-        """Rising log-SNRs at which a solver stops: evenly spaced, or the times of the chain itself."""
+        """Rising log-SNRs at which a solver stops: those of the chain, or half as far apart in the middle as on average."""
         low, high = self.schedule.ends
         if sampling.solver != "ancestral":
-            return low + (high - low) * torch.linspace(0, 1, (sampling.steps or 20) + 1).to(low)
+            u = torch.linspace(-1, 1, (sampling.steps or 20) + 1).to(low)
+            return 0.5 * (low + high) + 0.25 * (high - low) * (u + u**3)
         steps = sampling.steps or self.num_steps or 1000
         return self.schedule(torch.linspace(1, 0, steps + 1).to(low))[0]
 
