@@ -10,11 +10,12 @@ SHORT = [
     (r"epochs=200", "epochs=2, progress=False"),
     (r"steps=4000", "steps=200, progress=False"),
     (r"num_samples=1000", "num_samples=5"),
+    (r"steps=2000", "steps=20, progress=False"),
     (r"\(4, 8, 16\)", "(1, 2)"),
 ]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_every_python_block_runs(number, tmp_path, monkeypatch):
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
     for long, short in SHORT:
@@ -28,9 +29,9 @@ def test_every_python_block_runs(number, tmp_path, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_there_are_three_python_blocks_and_their_long_runs_are_shortened():
+def test_there_are_four_python_blocks_and_their_long_runs_are_shortened():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert all(re.search(long, README) for long, _ in SHORT)
 
 
