@@ -32,6 +32,7 @@ __all__ = [
     "latent_space",
     "out_of_distribution",
     "plot_bound",
+    "plot_game",
     "plot_khat",
     "reconstructions",
     "sample_grid",
@@ -83,6 +84,46 @@ def plot_bound(run: Run) -> Figure:
     _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training: higher is better")
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
     _legend(ax, loc="lower right")
+    return figure
+
+
+def plot_game(run: Run) -> Figure:
+    r"""A game while training: each player's loss and gradient norm, smoothed, and how often a critic was right.
+
+    No line says how good the samples are: losses that stand still are a draw, a critic that is always right has won, and a
+    gradient norm that falls by orders of magnitude leaves its player nothing to learn from.
+
+    Args:
+        run: What ``fit`` returned for an objective with players; with a critic's accuracies and with validation data these
+            are drawn too.
+
+    Raises:
+        ValueError: If the run has no players.
+    """
+    players = [name.removesuffix("_grad_norm") for name in run.history if name.endswith("_grad_norm")]
+    if not players:
+        raise ValueError("`run` has no players; draw it with pgen.plots.plot_bound")
+    right = [name for name in run.history if "_accuracy_" in name]
+    figure, (losses, norms, *rest) = _figure(15.0 if right else 10.5, 4.0, panels=3 if right else 2)
+    for player, colour in zip(players, CATEGORIES):
+        for ax, column in ((losses, f"{player}_loss"), (norms, f"{player}_grad_norm")):
+            step, value = _series(run.history, column)
+            ax.plot(step, _smooth(value), color=colour, linewidth=1.6, label=player)
+    norms.set_yscale("log")
+    _label(losses, "optimizer step", "loss", "Losses of the players")
+    _label(norms, "optimizer step", "gradient norm", "Gradient norms")
+    for ax in rest:
+        for name, colour in zip(right, (BLUE, ORANGE)):
+            step, value = _series(run.history, name)
+            ax.plot(step, _smooth(value), color=colour, linewidth=1.6, label=name.replace("_", " "))
+        step, value = _series(run.validation, "bound")
+        ax.plot(
+            step, value, color=INK, marker="o", markersize=3, linewidth=1.0, label="on held-out data" if len(value) else None
+        )
+        ax.set_ylim(-0.02, 1.02)
+        _label(ax, "optimizer step", "share of right answers", "The critic: a half knows nothing")
+    for ax in (losses, norms, *rest):
+        _legend(ax, loc="best")
     return figure
 
 

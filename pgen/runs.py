@@ -69,7 +69,7 @@ MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "ch
 PROGRESS = "progress"
 """Folder of the pictures that a fit draws as it goes on."""
 COMPARISON = "comparison.json"
-PICTURES = ("bound.png", "samples.png", "density.png", "reconstructions.png", "latent.png")
+PICTURES = ("bound.png", "game.png", "samples.png", "density.png", "reconstructions.png", "latent.png")
 OF_LATENTS = ("reconstructions.png", "latent.png")
 SCHEMA = 2
 VALIDATION_SHARE = 0.1
@@ -620,7 +620,8 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
     plots, model = pgen.plots, subject.model
     pictures: dict[str, Callable[[], Any]] = {}
     if fitted.steps and len(fitted.history.get("loss", ())):
-        pictures["bound.png"] = lambda: plots.plot_bound(fitted)
+        game = any(name.endswith("_grad_norm") for name in fitted.history)
+        pictures["game.png" if game else "bound.png"] = lambda: (plots.plot_game if game else plots.plot_bound)(fitted)
     if "family" not in subject.about["model"]:
         return pictures
     train: Any = subject.train

@@ -93,7 +93,7 @@ def answer(capsys, *arguments, code=0):
 
 def test_fit_writes_the_model_the_record_and_pictures(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [runs.MODEL, runs.RECORD, *(name for name in runs.PICTURES if name != "density.png")]
+        [runs.MODEL, runs.RECORD, *(name for name in runs.PICTURES if name not in ("density.png", "game.png"))]
     )
     model, record = runs.open_run(folder, None)
     assert record["model"]["settings"]["latent_dim"] == 3

@@ -275,6 +275,10 @@ def test_training_tells_what_goes_on():
     assert bool((run.history["critic_spread"] > 0).all())
     assert list(run.validation["step"]) == [3, 6] and run.restored is None
     assert run.figure.startswith("validation critic accuracy 0.")
+    drawn = pgen.plots.plot_game(run)
+    assert [len(ax.lines) for ax in drawn.axes] == [2, 2, 3]
+    with pytest.raises(ValueError, match="has no players"):
+        pgen.plots.plot_game(pgen.Run(history={"loss": np.zeros(3)}))
 
 
 def test_stop_and_resume_give_the_same_bits(tmp_path):
@@ -374,6 +378,7 @@ def test_a_critic_that_is_not_finite_is_named():
     ("make", "x", "options", "match"),
     [
         (lambda: GAN((8, 8), output="tanh"), IMAGES * 127.5 + 127.5, {}, r"x lies in .* tanh, .*\[-1, 1\].*x / 127.5 - 1"),
+        (lambda: GAN((3,), 2, generator=nn.Sequential(nn.Linear(2, 3), nn.Tanh())), 9 * X, {}, r"tanh, .*\[-1, 1\]"),
         (lambda: GAN((8, 8), output="sigmoid"), IMAGES, {}, r"sigmoid, .*\[0, 1\].*x / 255"),
         (lambda: GAN((3,), batch_norm=True), X, {"batch_size": 1}, "batch normalisation over a batch of one.*2 or more"),
         (lambda: GAN((3,), pack=4), X, {"batch_size": 6}, "multiple of pack=4, got 6"),

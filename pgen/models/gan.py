@@ -205,13 +205,15 @@ class GAN(GenerativeModel):
         return None if numbers is None else lambda rows, _: self._check_range(rows)
 
     def _check_range(self, batch: Batch) -> None:
-        if self.own or self.output == "linear":
+        made = self.generator
+        last = made.output if isinstance(made, Generator) else made[-1] if isinstance(made, nn.Sequential) else None
+        if not isinstance(last, (nn.Tanh, nn.Sigmoid)):
             return
         x = cast(dict[str, Any], self.prepare(batch))["x"]
-        low, high = float(x.min()), float(x.max())
-        bottom, reach = (-1 if self.output == "tanh" else 0), f"{self.output}, which reaches no further than"
+        low, high, tanh = float(x.min()), float(x.max()), isinstance(last, nn.Tanh)
+        bottom, reach = (-1 if tanh else 0), f"{'tanh' if tanh else 'sigmoid'}, which reaches no further than"
         if low < bottom or high > 1:
-            cure = "x / 127.5 - 1" if self.output == "tanh" else "x / 255"
+            cure = "x / 127.5 - 1" if tanh else "x / 255"
             raise ValueError(
                 f"x lies in [{low:.3g}, {high:.3g}], but the generator ends in {reach} [{bottom}, 1]: scale the data (levels "
                 f"up to 255: {cure}), or take output='linear' with preprocess=Standardize()"
