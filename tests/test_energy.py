@@ -160,6 +160,20 @@ def test_noise_contrast_learns_the_normaliser():
     assert not noise.primed  # it was fitted on a copy
 
 
+def test_noise_with_latents_that_are_summed_counts_with_its_whole_density():
+    noise, x = pgen.models.GaussianMixture((2,), 3).double(), torch.cat([X[:40] - 4, X[40:80] + 4])
+    noise.fit(x, precision="float64", progress=False)
+    model = Quadratic()
+    objective = NoiseContrastive(noise, 2).begin(model, lambda x: None, (x,))
+    with torch.random.fork_rng():
+        data, drawn = objective._gains(model, (x,))
+    expected = -0.5 * x.square().sum(1) - noise.log_prob(x).value - math.log(2)
+    torch.testing.assert_close(data, expected)
+    assert data.dtype == torch.float64 and drawn.shape == (160,)
+    with pytest.raises(ValueError, match="`noise` should have an exact density, and GAN has none"):
+        NoiseContrastive(pgen.models.GAN((2,))).begin(model, lambda x: None, (x,))
+
+
 @pytest.mark.parametrize(
     "objective",
     [
@@ -168,6 +182,7 @@ def test_noise_contrast_learns_the_normaliser():
         DenoisingScoreMatching(0.3),
         SlicedScoreMatching(2),
         NoiseContrastive(Gaussian((2,)), 2),
+        NoiseContrastive(pgen.models.GaussianMixture((2,), 2), 2),
     ],
     ids=lambda objective: type(objective).__name__,
 )

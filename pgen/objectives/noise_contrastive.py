@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from ..contracts import Batch, Kind, check_positive
 from ..programs import PlateSize, run_program, run_values
 from .density import check_without_latents, conditionals, log_density, parts
-from .elbo import Scalars
+from .elbo import ELBO, Scalars
 
 __all__ = ["NoiseContrastive"]
 
@@ -83,6 +83,8 @@ class NoiseContrastive:
             raise ValueError("`noise` should have no preprocessing of its own: it sees the data as the model does")
         if not noise.primed:
             noise.fit(x, progress=False)
+        if not getattr(noise, "has_density", True):
+            raise ValueError(f"`noise` should have an exact density, and {type(noise).__name__} has none; use pgen.models.Gaussian")
         drawn = run_program(noise.guide, {"x": x[:1]})
         if drawn:
             raise ValueError(f"`noise` should have an exact density, and this one draws latents ({next(iter(drawn))!r})")
@@ -118,7 +120,7 @@ class NoiseContrastive:
         with torch.no_grad():
             with PlateSize(self.ratio * len(x)):
                 drawn = run_values(family.model, {"context": None})["x"]
-            log_q = run_program(family.model, {"x": torch.cat([x, drawn])})["x"].rows
+            log_q, _ = ELBO().rows(family.model, family.guide, {"x": torch.cat([x, drawn])})  # exact: nothing is drawn
         both = closed(torch.cat([x, drawn]), [torch.cat([t] * (1 + self.ratio)) for t in given])
-        gains = log_density(model, both) - self.contrast.log_normalizer - log_q - math.log(self.ratio)
+        gains = log_density(model, both) - self.contrast.log_normalizer - log_q.to(x.dtype) - math.log(self.ratio)
         return gains[: len(x)], gains[len(x) :]
