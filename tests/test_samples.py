@@ -350,6 +350,13 @@ def test_a_model_is_judged_by_its_own_samples(three):
     assert modes["modes"].value == 8 and modes.rows["good share"].floor is not None
 
 
+def test_the_floor_has_as_many_data_as_there_are_samples(three):
+    (train, real, generated), _ = three
+    found = samples.evaluate(generated[:40].flatten(1), real[:40].flatten(1), train=train.flatten(1), progress=False)
+    assert {row.floor.num_samples for row in found.rows.values() if row.floor} == {(40, 40)}
+    assert not found.notes  # 160 numbers that are all different are no levels
+
+
 def test_values_between_levels_are_noticed(three):
     (_, real, generated), _ = three
     found = samples.evaluate(generated, real.round(), progress=False)

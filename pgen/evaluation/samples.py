@@ -260,7 +260,7 @@ def evaluate(
         bar.at(1, "samples")
         found = dict(judge.all(parts["generated"]))
         bar.at(3, "held-out real data")
-        floor = dict(judge.all(parts["train"])) if train is not None else {}
+        floor = dict(judge.all(some(parts["train"], len(parts["generated"]), key(seed, "floor")))) if train is not None else {}
         table = {name: Row(f, where, floor.get(name, (None,))[0]) for name, (f, where) in found.items()}
         bar.at(5, "copies and modes")
         table |= _copies(rows, seed, parts["real"]) if train is not None else {}
@@ -415,7 +415,7 @@ def _notes(rows: dict[str, tuple[Tensor, Tensor]], table: dict[str, Row], traine
     elif "nearest in train" not in table:
         said.append("most of the real data are training data: no search for copies; give data that the model was not fitted to")
     levels = rows["real"][1].unique()
-    if len(levels) <= _LEVELS:
+    if len(levels) <= min(_LEVELS, rows["real"][1].numel() // 2):  # few numbers that are all different are no levels
         on = float(torch.isin(rows["generated"][1].float(), levels.float()).double().mean())
         if on < 0.5:
             said.append(

@@ -84,7 +84,9 @@ class NoiseContrastive:
         if not noise.primed:
             noise.fit(x, progress=False)
         if not getattr(noise, "has_density", True):
-            raise ValueError(f"`noise` should have an exact density, and {type(noise).__name__} has none; use pgen.models.Gaussian")
+            raise ValueError(
+                f"`noise` should have an exact density, and {type(noise).__name__} has none; use pgen.models.Gaussian"
+            )
         drawn = run_program(noise.guide, {"x": x[:1]})
         if drawn:
             raise ValueError(f"`noise` should have an exact density, and this one draws latents ({next(iter(drawn))!r})")
