@@ -16,6 +16,8 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 
 import pgen
 from pgen import models
-from pgen.data import Dequantize, toy
+from pgen.data import Compose, Dequantize, Standardize, toy
 from pgen.evaluation import samples
 
 HERE = Path(__file__).resolve().parents[1]
@@ -48,63 +50,99 @@ def levels(y):
     return ((y + 1) * 8).round().clamp(0, 16)
 
 
-# What makes the model for a seed, its epochs at most, what it is fitted to, and how its samples become levels. Continuous
-# densities are of dequantised levels, whose floor is a level.
+@dataclass
+class Recipe:
+    """A family on the digits.
+
+    make: The model for a seed.
+    epochs: At most; 0 for what needs none.
+    encode: What it is fitted to, from levels.
+    decode: Levels, from its samples.
+    options: Of ``fit``.
+    score: Of ``log_prob``.
+    """
+
+    make: Callable
+    epochs: int
+    encode: Callable = same
+    decode: Callable = same
+    options: dict = field(default_factory=dict)
+    score: dict = field(default_factory=dict)
+
+
+def gan_options():
+    objective = pgen.objectives.Adversarial(r1=1.0)
+    optimizer = pgen.training.Adam(lr=5e-4, betas=(0.5, 0.999))
+    return {"objective": objective, "optimizer": optimizer, "ema": 0.999, "schedule": "linear", "batch_size": 64}
+
+
+# Continuous densities are of dequantised levels, whose floor is a level.
 RECIPES = {
-    "Gaussian": (lambda s: models.Gaussian(SHAPE, preprocess=Dequantize(LEVELS), seed=s), 0, same, same),
-    "GaussianMixture": (
-        lambda s: models.GaussianMixture(SHAPE, 40, covariance="diagonal", preprocess=Dequantize(LEVELS), seed=s),
-        200, same, same,
+    "Gaussian": Recipe(lambda s: models.Gaussian(SHAPE, preprocess=Dequantize(LEVELS), seed=s), 0),
+    "GaussianMixture": Recipe(
+        lambda s: models.GaussianMixture(SHAPE, 40, covariance="diagonal", preprocess=Dequantize(LEVELS), seed=s), 0
     ),
-    "KernelDensity": (lambda s: models.KernelDensity(SHAPE, preprocess=Dequantize(LEVELS)), 150, same, same),
-    "Flow": (
+    "KernelDensity": Recipe(lambda s: models.KernelDensity(SHAPE, preprocess=Dequantize(LEVELS)), 0),
+    "Flow": Recipe(
         lambda s: models.Flow(
             SHAPE, transforms=1, hidden=(256, 256), bins=16, dropout=0.3, preprocess=Dequantize(LEVELS), seed=s
-        ), 300, same, same,
+        ),
+        300,
     ),
-    "VAE": (lambda s: models.VAE(SHAPE, 16, **CATEGORICAL, seed=s), 400, same, same),
-    "MADE": (lambda s: models.MADE(SHAPE, (512,), dropout=0.5, **CATEGORICAL, seed=s), 150, same, same),
-    "PixelCNN": (lambda s: models.PixelCNN(SHAPE, 64, dropout=0.5, **CATEGORICAL, seed=s), 100, same, same),
-    "Diffusion": (lambda s: models.Diffusion(SHAPE, **CATEGORICAL, seed=s), 2000, same, same),
-    "FlowMatching": (lambda s: models.FlowMatching(SHAPE, seed=s), 2000, centred, levels),
-    "GAN": (lambda s: models.GAN(SHAPE, architecture="dcgan", output="tanh", seed=s), 1000, centred, levels),
-    "EnergyBased": (lambda s: models.EnergyBased(SHAPE, seed=s), 300, centred, levels),
-}  # fmt: skip
+    "VAE": Recipe(lambda s: models.VAE(SHAPE, 16, **CATEGORICAL, seed=s), 400, score={"num_samples": 500}),
+    "MADE": Recipe(lambda s: models.MADE(SHAPE, (512,), dropout=0.5, **CATEGORICAL, seed=s), 150),
+    "PixelCNN": Recipe(lambda s: models.PixelCNN(SHAPE, 64, dropout=0.5, **CATEGORICAL, seed=s), 100),
+    "Diffusion": Recipe(
+        lambda s: models.Diffusion(SHAPE, width=512, blocks=2, dropout=0.3, **CATEGORICAL, seed=s), 2000, options={"ema": 0.999}
+    ),
+    "FlowMatching": Recipe(
+        lambda s: models.FlowMatching(SHAPE, width=512, blocks=2, dropout=0.3, preprocess=Dequantize(LEVELS), seed=s),
+        2000,
+        options={"ema": 0.999},
+    ),
+    "GAN": Recipe(
+        lambda s: models.GAN(SHAPE, 32, architecture="dcgan", output="tanh", seed=s), 400, centred, levels, gan_options()
+    ),
+    "EnergyBased": Recipe(
+        lambda s: models.EnergyBased(SHAPE, hidden=(256, 256), preprocess=Compose([Dequantize(LEVELS), Standardize()]), seed=s),
+        600,
+        decode=lambda x: x.floor().clamp(0, 16),
+    ),
+}
 
 
 # --- families --------------------------------------------------------------------------------------------------------------
 
 
-def number_of_steps(make, epochs, x, seconds):
-    """As many as the budget holds, by the time of 40 steps after 20; at most ``epochs``."""
-    spent = []
-    model = make(0)
-    batch = min(model.default_batch_size or 128, len(x))
+def number_of_steps(recipe, x, seconds):
+    """As many as the budget holds, by the time of 40 steps after 20; at most those of the recipe's epochs."""
+    spent, batch = [], recipe.options.get("batch_size", min(recipe.make(0).default_batch_size or 128, len(x)))
+    options = {"batch_size": batch, "compile": "graph", "progress": False}
     for steps in (20, 60):
         began = time.process_time()
-        make(0).fit(x, steps=steps, batch_size=batch, compile="graph", progress=False)
+        recipe.make(0).fit(x, steps=steps, **{**recipe.options, **options})
         spent.append(time.process_time() - began)
     a_step = max((spent[1] - spent[0]) / 40, 1e-5)
-    return max(50, min(int(seconds / a_step), math.ceil(epochs * len(x) / batch))), batch
+    steps = max(50, min(int(seconds / a_step), math.ceil(recipe.epochs * len(x) / batch)))
+    return {"steps": steps, "batch_size": batch, "compile": "graph"}
 
 
 def fitted(name, x, validation, seed, minutes):
     """A fitted model, its CPU seconds and steps."""
-    make, epochs, encode, _ = RECIPES[name]
-    x, validation, model = encode(x), encode(validation), make(seed)
-    options = {"seed": seed, "progress": False}
-    if not model.solvable and name != "KernelDensity":
-        steps, batch = number_of_steps(make, epochs, x, 60 * minutes)
-        options |= {"steps": steps, "batch_size": batch, "compile": "graph"}
+    recipe = RECIPES[name]
+    x, validation, model = recipe.encode(x), recipe.encode(validation), recipe.make(seed)
+    options = {"seed": seed, "progress": False, **recipe.options}
+    if recipe.epochs:
+        options |= number_of_steps(recipe, x, 60 * minutes)
     began = time.process_time()
     run = model.fit(x, validation=validation, **options)
     return model, time.process_time() - began, run.steps
 
 
-def log_prob(model, x):
+def log_prob(model, x, **options):
     """Mean log-likelihood in nats, what kind of number it is, and its standard error; nothing where there is none."""
     try:
-        score = model.log_prob(x, num_samples=500, progress=False)
+        score = model.log_prob(x, progress=False, **options)
     except pgen.NotAvailable:
         return {}
     return {"nats": score.mean, "nats_error": score.std_error, "kind": score.kind}
@@ -141,10 +179,10 @@ def families(names, seeds, minutes, split, kept, again):
                 continue
             print(row, flush=True)
             model, seconds, steps = fitted(name, data.train.float(), data.validation.float(), seed, minutes)
-            x = RECIPES[name][3](model.sample(len(data.test), seed=seed + 100).float())
+            recipe = RECIPES[name]
+            x = recipe.decode(model.sample(len(data.test), seed=seed + 100).float())
             measures, about = judged(x, data)
-            encode = RECIPES[name][2]
-            likelihood = log_prob(model, data.test.float()) if encode is same else {}
+            likelihood = log_prob(model, recipe.encode(data.test.float()), **recipe.score)
             kept[row] = {"measures": measures, **about, **likelihood, "cpu": seconds, "steps": steps, "minutes": minutes}
             yield
 
@@ -244,6 +282,8 @@ def with_error(row):
 def family_row(name, row):
     measures = row["measures"]
     likelihood = f"{row['nats']:.1f} ± {row['nats_error']:.1f} ({KINDS[row['kind']]})" if "nats" in row else "-"
+    if row.get("kind") == "unnormalised":
+        likelihood = "not normalised"
     p_values = [f"{measures['MMD²']['p_value']:.3f}", f"{measures['nearest in train']['p_value']:.3f}" if "cpu" in row else "-"]
     cells = [with_error(measures[key]) for key in COLUMNS]
     return [name, likelihood, *cells, *p_values, f"{row['cpu']:.0f}" if "cpu" in row else "-"]

@@ -40,7 +40,8 @@ MOST = 5000
 """Rows of a sample that are looked at, where all pairs are."""
 RESAMPLES = 25
 """Half-samples behind an error."""
-_ROWS = 1024
+_ROWS, _PAIRS = 1024, 10_000_000
+"""Rows, and distances, that are held at a time."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -328,7 +329,7 @@ def memorisation(
 def _votes(y: Tensor, pool: Tensor) -> Tensor:
     """For each of the pool the share of y whose nearest it is; ties are shared."""
     votes = torch.zeros(len(pool), dtype=torch.float64)
-    for part in y.split(_ROWS):
+    for part in y.split(max(_PAIRS // len(pool), 1)):
         distance = torch.cdist(part, pool)
         least = distance.min(1, keepdim=True).values
         tied = (distance <= least * (1 + 1e-9) + 1e-7 * float(pool.abs().max())).double()

@@ -325,8 +325,8 @@ def _copies(rows: dict[str, tuple[Tensor, Tensor]], seed: int, real: Tensor) -> 
 
 def _overlap(real: Tensor, train: Tensor) -> float:
     """The share of the real rows that are training rows."""
-    known = {row.tobytes() for row in train.cpu().numpy()}
-    return sum(row.tobytes() in known for row in real.cpu().numpy()) / len(real)
+    known = {hash(row.tobytes()) for row in train.cpu().numpy()}
+    return sum(hash(row.tobytes()) in known for row in real.cpu().numpy()) / len(real)
 
 
 def _modes(parts: dict[str, Tensor], classes: Classes | None, labels: Any, modes: Any, seed: int) -> dict[str, Row]:
