@@ -20,7 +20,8 @@ from cases import seeded, state
 from torch import nn
 
 import pgen
-from pgen.models import VAE
+from pgen.models import GAN, VAE, Diffusion, EnergyBased
+from pgen.objectives import Adversarial, ContrastiveDivergence
 from pgen.training.parallel import Workers
 
 N, D = 37, 3
@@ -123,6 +124,13 @@ MODELS = {
     "regression": (lambda: pgen.Pair(regression), (X, Y)),
     "flow guide": (lambda: seeded(lambda: pgen.Pair(regression, "flow")), (X, Y)),
     "batch statistics": (lambda: seeded(Stateful), X),
+    "game": (lambda: GAN((D,), 2, (5,), pack=2), X),
+    "energy": (lambda: EnergyBased((D,), hidden=(5,)), X),
+    "diffusion": (lambda: Diffusion((D,), width=8, blocks=1), X),
+}
+OBJECTIVES = {  # critics move twice, on shares of their own; chains begin at the data
+    "game": {"objective": Adversarial(critic_moves=2, r1=0.1), "batch_size": 16},
+    "energy": {"objective": ContrastiveDivergence(2)},
 }
 
 
@@ -131,7 +139,16 @@ def trained(name, data=None, **options):
     make, given = MODELS[name]
     model = make()
     size = 14 if name == "batch statistics" else 10  # whose last micro-batches have two rows, not one
-    options = {"steps": 24, "batch_size": size, "seed": 3, "compile": "eager", "micro_batches": 4, "progress": False, **options}
+    options = {
+        "steps": 24,
+        "batch_size": size,
+        "seed": 3,
+        "compile": "eager",
+        "micro_batches": 4,
+        "progress": False,
+        **OBJECTIVES.get(name, {}),
+        **options,
+    }
     run = model.fit(given if data is None else data, timeout=20, **options)
     return {
         "state": state(model).numpy(),
@@ -148,12 +165,13 @@ def trained(name, data=None, **options):
 def test_any_number_of_processes_trains_the_same(name, tmp_path):
     alone = trained(name)
     for result in run_on(2, lambda rank: trained(name), tmp_path):
-        np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-6, atol=1e-6)
+        rtol = 1e-5 if name == "diffusion" else 1e-6  # its errors are weighed by signal-to-noise ratios up to 600 000
+        np.testing.assert_allclose(result["loss"], alone["loss"], rtol=rtol, atol=1e-6)
         np.testing.assert_allclose(result["state"], alone["state"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, tier, world", [(name, "eager", 2) for name in MODELS] + [
-    ("regression", "eager", 4), ("vae", "graph", 2), ("batch statistics", "graph", 2)])  # fmt: skip
+    ("regression", "eager", 4), ("vae", "graph", 2), ("batch statistics", "graph", 2), ("game", "graph", 2)])  # fmt: skip
 def test_the_bits_are_the_same_in_exact_mode(name, tier, world, tmp_path):
     options = {"deterministic": True, "compile": tier, "clip_norm": 0.5, "ema": 0.9}
     alone = trained(name, **options)
