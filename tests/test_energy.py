@@ -361,3 +361,26 @@ def test_chains_that_stand_still_are_told():
     assert "1e+05 nats apart: the chains run away" in objective.concerns({**history, "chain_energy": 1e5 * steps})["chains"]
     short = {name: column[:100] for name, column in history.items()}
     assert objective.concerns({**short, "acceptance": 0 * steps[:100]}) == {}
+
+
+class Follows(nn.Module):
+    """N(c, 1 / 4) given a context c."""
+
+    def __init__(self):
+        super().__init__()
+        self.precision = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, x, context):
+        return 0.5 * self.precision * (x - context).square().sum(1)
+
+
+def test_each_context_has_a_law_of_its_own():
+    model = plain(Follows(), context_dim=1)
+    where = torch.tensor([[-2.0], [2.0]]).repeat_interleave(300, 0)
+    x = model.sample(600, where, num_temps=30, num_steps=10, progress=False)
+    assert float((x - where).mean()) == pytest.approx(0, abs=0.1) and float((x - where).std()) == pytest.approx(0.5, abs=0.06)
+    found = model.log_normalizer(where[:1], num_temps=60, num_chains=60, leapfrog=3, progress=False)
+    assert found.lower < 0.5 * math.log(2 * math.pi / 4) < found.upper
+    assert model.log_prob(x[:2], where[:2]).kind == "unnormalised"  # one number would not do for all contexts
+    with pytest.raises(ValueError, match="give `context`"):
+        model.sample(3)

@@ -45,6 +45,8 @@ MOST_UNITS = 22
 """Units of the smaller side up to which all its states are summed."""
 FEW_STATES = 2**24
 """States times units of the other side that a validation sums each time."""
+STEEPNESS = 2.0
+"""Of the temperatures' schedule: the weights of trained machines spread least there."""
 STATES = 2**16
 """States summed at a time."""
 
@@ -172,6 +174,7 @@ class RBM(UnnormalisedModel):
         *,
         num_temps: int = 1000,
         num_chains: int = 100,
+        num_sweeps: int = 3,
         seed: Seed = 0,
         progress: bool = True,
     ) -> LogNormalizer:
@@ -181,6 +184,7 @@ class RBM(UnnormalisedModel):
             method: ``"enumerate"``, ``"ais"``, or ``"auto"``: the first where the smaller side has at most 22 units.
             num_temps: Temperatures of the annealing.
             num_chains: Chains each way. Backward ones begin at draws of ``sample``, which are exact where Z can be summed.
+            num_sweeps: Sweeps at each temperature.
             seed: Keys the chains.
             progress: Whether to show a bar on what takes more than two seconds.
 
@@ -193,6 +197,7 @@ class RBM(UnnormalisedModel):
         check_choice("method", method, ("auto", "enumerate", "ais"))
         check_positive("num_temps", num_temps)
         check_positive("num_chains", num_chains)
+        check_positive("num_sweeps", num_sweeps)
         if method == "enumerate" and not self.enumerable:
             raise ValueError(
                 f"method='enumerate' would sum 2^{self.distribution().units} states (at most 2^{MOST_UNITS}); use 'ais'"
@@ -200,24 +205,24 @@ class RBM(UnnormalisedModel):
         if method != "ais" and self.enumerable:
             value, _ = self._normalizer(seed, progress)  # type: ignore[misc]
             return LogNormalizer(value, 0.0, value, value)
-        found = self._annealed(num_temps, num_chains, as_seed(seed), progress)
+        found = self._annealed(num_temps, num_chains, int(num_sweeps), as_seed(seed), progress)
         if not self.enumerable:
             self.log_z.copy_(torch.tensor([found.value, max(found.error, 1e-12)]))
         return found
 
-    def _annealed(self, num_temps: int, num_chains: int, seed: int, progress: bool) -> LogNormalizer:
+    def _annealed(self, num_temps: int, num_chains: int, num_sweeps: int, seed: int, progress: bool) -> LogNormalizer:
         law, device = self.distribution().double(), self.weight.device
         base = self._bias(self.loc.flatten(), 998).double()
-        betas = schedule(num_temps).tolist()
+        betas = schedule(num_temps, STEEPNESS).tolist()
         start = self.sample(num_chains, seed=key(seed, "backward"), progress=progress)
         with torch.no_grad(), Progress(2 * num_temps, progress, QUIET_SECONDS) as bar:
             ends = self._prepared({"x": place(start, device, self.weight.dtype)})[0]["x"].flatten(1).double()
             with keyed_rng(key(seed, "forward"), device):
                 known = base.expand(num_chains, -1)
                 position = torch.bernoulli(known.sigmoid()) if self.visible == "bernoulli" else known + torch.randn_like(known)
-                forward = law.anneal(base, position, betas, lambda t: bar.at(t, "annealing"))
+                forward = law.anneal(base, position, betas, num_sweeps, lambda t: bar.at(t, "annealing"))
             with keyed_rng(key(seed, "backwards"), device):
-                backward = -law.anneal(base, ends, betas[::-1], lambda t: bar.at(num_temps + t, "annealing back"))
+                backward = -law.anneal(base, ends, betas[::-1], num_sweeps, lambda t: bar.at(num_temps + t, "annealing back"))
         offset = float(law.base_normalizer(base))
         return LogNormalizer.of(forward + offset, backward + offset, num_temps)
 
@@ -389,7 +394,7 @@ class BoltzmannLaw(Unnormalised):
         own = base.new_tensor(0.5 * len(base) * math.log(2 * math.pi)) if self.real else softplus(base).sum()
         return own + self.weight.shape[1] * math.log(2)
 
-    def anneal(self, base: Tensor, v: Tensor, betas: Sequence[float], tick: Callable[[int], None]) -> Tensor:
+    def anneal(self, base: Tensor, v: Tensor, betas: Sequence[float], num_sweeps: int, tick: Callable[[int], None]) -> Tensor:
         """Log-weights ``(C,)`` of chains from v along the temperatures, from ``base`` (0) to this law (1) or back."""
 
         def log_density(v: Tensor, beta: float) -> Tensor:
@@ -399,6 +404,7 @@ class BoltzmannLaw(Unnormalised):
         log_weight = v.new_zeros(len(v))
         for number, (before, beta) in enumerate(pairwise(betas)):
             log_weight = log_weight + log_density(v, beta) - log_density(v, before)
-            v = self._sweep(v, torch.lerp(base, self.visible_bias, beta), beta)
+            for _ in range(num_sweeps):
+                v = self._sweep(v, torch.lerp(base, self.visible_bias, beta), beta)
             tick(number)
         return log_weight
