@@ -153,7 +153,7 @@ class EnergyBased(UnnormalisedModel):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         falling = settings.schedule is None and settings.stop == "steps"
-        return Adam(1e-3), replace(
+        return Adam(5e-3), replace(
             settings, schedule="cosine" if falling else settings.schedule, clip_norm=settings.clip_norm or 10.0
         )
 
