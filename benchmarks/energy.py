@@ -322,22 +322,26 @@ def page(found, settings):
                          f"{np.mean([r['cpu'] for r in own]):.0f}", error, inside])  # fmt: skip
         parts += [
             "## Densities in the plane",
-            "5000 data, a network of 2 x 128 units, batches of 200, Adam falling to zero. Divergences from the truth in nats, by "
-            "sums over a grid of 400 x 400; log Z by 300 temperatures against the same sums.",
+            "5000 data, a network of 2 x 128 units, batches of 200, Adam falling to zero. Divergences from the truth in nats, "
+            "by sums over a grid of 400 x 400; log Z by 300 temperatures against the same sums.",
             table(
                 [
                     "target",
                     "objective",
+                    "steps",
+                    "rate",
                     "seeds",
                     "KL(truth, model)",
-                    "Jensen-Shannon",
+                    "JS",
                     "CPU s",
                     "error of log Z",
-                    "truth inside",
+                    "inside",
                 ],
                 body,
             ),
         ]
+        if some := [name for name in TOYS if name not in {r["target"] for r in rows}]:
+            parts.append(f"Not run yet: {', '.join(some)}.")
     if rows := found.get("grid"):
         names = ("modes", "good share", "reverse KL")
         parts += [
@@ -361,7 +365,8 @@ def page(found, settings):
         parts += [
             "## A training step",
             "CPU milliseconds, the fastest block. Plain: the loop that one writes by hand in torch with fused Adam, and the "
-            "same with `torch.compile` on chains and loss; eager, graph and compiled: `fit` in each tier.",
+            "same with `torch.compile` on chains and loss; eager, graph and compiled: `fit` in each tier. Eager steps run "
+            "Pyro's handlers; `fit` leaves them by itself where a fit lasts longer than seconds.",
             table(["step", "plain torch", "fit, eager", "fit, graph", "plain, torch.compile", "fit, compiled"],
                   [[r["step"], *(f"{r[n]:.2f}" for n in names)] for r in rows]),
         ]  # fmt: skip
