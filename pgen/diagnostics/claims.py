@@ -84,6 +84,8 @@ CLAIMS: dict[int, Kind] = {
 }
 DENSITY = (11, 12)
 """Claims about families without latents, in place of those about a guide."""
+OF_LATENTS = (2, 3, 4, 6, 7, 9, 10)
+"""Claims about latents and their guide, which say nothing where there are none."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Evidence:
     def claims(self) -> list[int]:
         """The numbers of the claims that there are to judge."""
         dense = self.log_p is not None or "density" in self.problems
-        return [number for number in CLAIMS if dense or number not in DENSITY]
+        return [number for number in CLAIMS if number not in (OF_LATENTS if dense else DENSITY)]
 
     @property
     def per_datum(self) -> bool:
@@ -321,7 +323,7 @@ def _generalises(evidence: Evidence) -> Claim:
     if evidence.log_p is None:
         raise NotMeasured(evidence.problems["density"])
     if run is None or not len(run.history.get("loss", ())) or not len(run.validation.get("bound", ())):
-        raise NotMeasured("the fit had no validation data")
+        raise NotMeasured("the fit had no validation data; fit(x, validation=0.1) holds some out")
     size, limit = evidence.log_p[2], evidence.limits.gap
     loss = np.asarray(run.history["loss"], dtype=np.float64)
     training = -float(loss[-max(1, len(loss) // 10) :].mean())

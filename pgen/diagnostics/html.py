@@ -8,7 +8,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .claims import CLAIMS, Claim
+from .claims import CLAIMS, OF_LATENTS, Claim
 from .figures import evidence_figures
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def page(report: Report, figures: dict[str, Figure]) -> str:
         else "",
         f"<h2>Pictures</h2>{pictures}" if pictures else "",
         f"<h2>Not checked</h2>{_unchecked(rest)}" if rest else "",
-        _glossary(),
+        _glossary(latents=any(claim.number in OF_LATENTS for claim in report.rows)),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -177,11 +177,12 @@ def _unchecked(claims: list[Claim]) -> str:
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _glossary() -> str:
+def _glossary(*, latents: bool) -> str:
+    words = "q is the guide, PSIS its Pareto-smoothed importance weights. No list of checks proves a posterior right."
     return (
         '<p class="note">Supported: the whole 95 % interval lies on the good side. Contradicted: it lies on the bad side. '
         "Undecided: it holds the limit. Not measured: for the reason given. "
-        "q is the guide, PSIS its Pareto-smoothed importance weights. No list of checks proves a posterior right.</p>"
+        f"{words if latents else 'No list of checks proves a model right.'}</p>"
     )
 
 

@@ -162,8 +162,8 @@ def report(
 ) -> Report:
     r"""Judge a fitted model on its data: ten claims, each supported, contradicted, undecided or not measured.
 
-    Of a family without latents two further claims are judged: that held-out data fit as well as the training data, and that
-    the data are as probable as the model's own samples.
+    Of a family without latents two claims take the place of those about latents and their guide: that held-out data fit as
+    well as the training data, and that the data are as probable as the model's own samples.
 
     A problem inside one claim makes that claim *not measured* and leaves the others alone. Where every latent belongs to one
     datum, at most 256 data, chosen at random, are looked at.
@@ -235,7 +235,7 @@ def _gather(
         data, total, shown = _choose_data(data, probe, seed)
         wanted = num_samples or _default_draws(probe, shown)
         evidence.draws = _attempt(evidence, "draw", lambda: model.draw(data, num_samples=wanted, seed=seed))
-        about += [f"{wanted} draws", *_data_words(shown, total)]
+        about += [*([f"{wanted} draws"] if probe.values else []), *_data_words(shown, total)]
     if (
         evidence.draws is not None
         and not evidence.draws.values
@@ -386,11 +386,13 @@ def evidence_words(claim: Claim) -> str:
 
 
 def show(value: Any) -> str:
-    """A number as a reader wants it: three digits, no exponent unless needed."""
+    """A number as a reader wants it: three digits, no exponent unless needed; a whole one as it is."""
     if not isinstance(value, float):
         return str(value)
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(float(value), "–")
+    if value == round(value) and abs(value) < 1e6:
+        return f"{value:.0f}".replace("-", "−")
     text = f"{value:.3f}" if 0.095 <= abs(value) < 100 else f"{value:.3g}"
     return text.replace("-", "−")
 
