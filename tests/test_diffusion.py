@@ -8,7 +8,7 @@ from cases import CASES, CONTEXT, seeded, state
 from torch import nn
 
 import pgen
-from pgen.distributions.noising import SCHEDULES, NoiseSchedule, alpha_sigma
+from pgen.distributions.noising import SCHEDULES, Denoising, NoiseSchedule, Noising, alpha_sigma
 from pgen.models import Diffusion, FlowMatching
 from pgen.samplers.diffusion import FLOWS, SOLVERS
 
@@ -127,6 +127,19 @@ def test_a_learned_schedule_evens_out_the_loss():
     plain.fit(x, steps=300, optimizer=0.02, precision="float64", compile="eager", progress=False)
     assert spread(plain) < 0.8 * before
     assert plain.log_prob(x, num_samples=400).mean == pytest.approx(bound, abs=0.1)  # the bound itself knows only the ends
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_a_learned_schedule_follows_the_gradient_of_the_squared_estimate(real):
+    x, schedule = data(6), NoiseSchedule("learned", (LOW, HIGH)).double()
+    chain = Denoising(lambda z, log_snr: 0.3 * z, schedule, x, lambda n: x, rows=6, event_shape=(3,), real=real)
+    value = Noising(x, schedule.ends[1].detach()).sample()
+    found = torch.autograd.grad(-chain.log_prob(value).sum(), schedule.slope)[0]
+    log_snr, weight = chain._weighted(value[:, -1], None)
+    loss = 0.5 * weight * chain._error(value, log_snr)
+    estimate = loss - 0.5 * weight * chain._luck(value, log_snr) if real else loss
+    wanted = torch.autograd.grad(estimate.square().sum() / loss.mean().detach(), schedule.slope)[0]
+    torch.testing.assert_close(found, wanted)
 
 
 # --- the probability-flow equation ---------------------------------------------------------------------------------------
@@ -310,6 +323,8 @@ def test_a_fit_goes_on_bit_by_bit(tmp_path):
         ({"prediction": "classes"}, "goes with likelihood='categorical' or 'bernoulli', got 'gaussian'"),
         ({"likelihood": "categorical"}, "`num_classes` goes with likelihood='categorical', and is needed there; got None"),
         ({"log_snr": (5.0, -5.0)}, r"`log_snr` should be the lower end and the higher, such as .*, got \(5.0, -5.0\)"),
+        ({"log_snr": (5.0,)}, r"`log_snr` should be the lower end and the higher, .*, got \(5.0,\)"),
+        ({"blocks": 10**6}, "`blocks` should be at most 1000, got 1000000"),
         ({"schedule": "cosin"}, "`schedule`"),
         ({"context_dropout": 1.0}, r"`context_dropout` is a share in \[0, 1\), got 1.0"),
         ({"network": "unet"}, r"`event_shape` of a U-Net should be \(H, W\) or \(C, H, W\), got \(3,\)"),

@@ -214,8 +214,11 @@ class Denoising(_Chain):
         share: dict[str, Tensor] = {}
         judged = None if self.num_steps else lambda part: _judged(part, share)
         log_snr, weight = self._weighted(value[..., -1], judged)
-        loss = share["loss"] = 0.5 * weight * self._error(value, log_snr)
-        return -self._prior() - (loss - 0.5 * weight * self._luck(value, log_snr) if self.real else loss)
+        loss = cost = 0.5 * weight * self._error(value, log_snr)
+        if self.real:
+            cost = loss - 0.5 * weight * self._luck(value, log_snr)
+        share["cost"], share["scale"] = cost, loss.mean()
+        return -self._prior() - cost
 
     def regression(self, value: Tensor) -> Tensor:
         """Half the squared error of what the network predicts at the value's time, ``(B,)``: the simple loss."""
@@ -327,14 +330,13 @@ def _even_times(x: Tensor) -> Tensor:
 
 
 def _judged(part: Tensor, share: dict[str, Tensor]) -> Tensor:
-    """The same; gradients that come back through it are those of the squared loss, over its mean."""
+    """The same; gradients that come back through it are those of the squared cost, over the mean of the loss."""
     if not part.requires_grad:
         return part
     alias = part.view_as(part)
 
     def weigh(gradient: Tensor) -> Tensor:
-        loss = share["loss"].detach()
-        return gradient * (2 * loss / loss.mean())
+        return gradient * (2 * share["cost"] / share["scale"]).detach()
 
     alias.register_hook(weigh)
     return alias

@@ -25,6 +25,7 @@ __all__ = ["DenoisingModel"]
 
 EXACT_UP_TO = 16
 """Numbers of a datum up to which a divergence is taken exactly, unless told otherwise."""
+MOST_BLOCKS = 1000
 ODE_ROWS = 4096
 """Most data whose equation is solved at a time, less where the divergence is exact."""
 
@@ -101,6 +102,8 @@ class DenoisingModel(GenerativeModel):
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("width", width, allow_none=True)
         check_positive("blocks", blocks)
+        if blocks > MOST_BLOCKS:
+            raise ValueError(f"`blocks` should be at most {MOST_BLOCKS}, got {blocks}")
         if octaves < 0:
             raise ValueError(f"`octaves` should be 0 or more, got {octaves}")
         for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):

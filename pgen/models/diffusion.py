@@ -131,7 +131,7 @@ class Diffusion(DenoisingModel):
         prediction = prediction or ("classes" if 0 < self.classes <= MOST_CLASSES else "velocity")
         check_choice("prediction", prediction, PREDICTIONS)
         check_positive("num_steps", num_steps, allow_none=True)
-        if log_snr is not None and not log_snr[0] < log_snr[1]:
+        if log_snr is not None and not (len(log_snr) == 2 and -math.inf < log_snr[0] < log_snr[1] < math.inf):
             raise ValueError(f"`log_snr` should be the lower end and the higher, such as (-10, 13.3), got {tuple(log_snr)}")
         if prediction == "classes" and not self.classes:
             raise ValueError("prediction='classes' goes with likelihood='categorical' or 'bernoulli', got 'gaussian'")
