@@ -71,7 +71,7 @@ def draw(panels: dict[str, Tensor]) -> Figure:
 
 
 def main(
-    out: Path, paths: int = 12_000, components: int = 60, steps: int = 1500, judged: int = 1000, progress: bool = True
+    out: Path, paths: int = 20_000, components: int = 100, steps: int = 1500, judged: int = 1000, progress: bool = True
 ) -> tuple[dict[str, SampleReport], Path]:
     """Learn, rank, judge, draw; returns the reports by name and the picture."""
     out.mkdir(parents=True, exist_ok=True)
