@@ -197,15 +197,15 @@ def test_tiers_agree(objective):
 
 
 def test_a_fit_goes_on_where_it_stopped_with_its_chains(tmp_path):
-    def fit(steps, folder):
-        model = EnergyBased((2,), hidden=(6,))
+    def fit(steps, folder, model=None):
+        model = model or EnergyBased((2,), hidden=(6,))
         objective = PersistentContrastiveDivergence(1, num_chains=12, restart=0.1)
         options = {"objective": objective, "batch_size": 5, "compile": "graph", "progress": False, "schedule": "constant"}
         return model, model.fit(X[:20].float(), steps=steps, checkpoint=folder, **options)
 
     whole, run = fit(9, None)
-    fit(4, tmp_path)
-    again, resumed = fit(9, tmp_path)
+    interrupted, _ = fit(4, tmp_path)
+    again, resumed = fit(9, tmp_path, interrupted)  # which has kept chains of its own
     np.testing.assert_array_equal(resumed.history["loss"], run.history["loss"])
     for first, second in zip(whole.state_dict().values(), again.state_dict().values()):
         assert torch.equal(first, second)
@@ -215,8 +215,9 @@ def test_a_further_fit_begins_at_the_chains_that_were_kept():
     model = EnergyBased((2,), hidden=(6,))
     model.fit(X[:20].float(), steps=3, progress=False)
     kept = model.chains.clone()
-    begun = PersistentContrastiveDivergence().begin(model.model, model.guide, {"x": X[:20].float()})
-    assert torch.equal(begun.chains.x, kept)
+    for count in (100, 600):
+        begun = PersistentContrastiveDivergence(num_chains=count).begin(model.model, model.guide, {"x": X[:20].float()})
+        assert torch.equal(begun.chains.x, kept.repeat(3, 1)[:count])
 
 
 def test_chains_that_diverge_are_named_and_nothing_is_lost():
