@@ -403,6 +403,13 @@ def test_bad_settings_are_refused():
         Adversarial("hing")
     with pytest.raises(ValueError, match="cannot rebuild networks of your own"):
         game().save("never.pgen")
+    for hidden in ((), (8, 0)):
+        with pytest.raises(ValueError, match="`hidden` should be one or more positive sizes"):
+            GAN((2,), hidden=hidden)
+    with pytest.raises(ValueError, match=r"should be a game such as Adversarial.*, got ELBO"):
+        GAN((2,)).fit(torch.zeros(9, 2), objective=pgen.ELBO(), steps=1, progress=False)
+    with pytest.raises(TypeError, match="needs a guide that is a critic"):
+        pgen.models.VAE((2,), likelihood="gaussian").fit(torch.randn(9, 2), objective=Adversarial(), steps=1, progress=False)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ class EnergyBased(UnnormalisedModel):
         if num_labels == 1 or num_labels < 0:
             raise ValueError(f"`num_labels` should be 0 (no classes) or 2 and more, got {num_labels}")
         self.hidden, self.activation = tuple(int(n) for n in hidden), ACTIVATIONS.name(activation)
+        if any(n < 1 for n in self.hidden) or (energy == "conv" and not self.hidden):
+            raise ValueError(f"`hidden` should be positive sizes, such as (128, 128), got {self.hidden}")
         self.confine, self.num_labels = bool(confine), int(num_labels)
         self.register_buffer("data_loc", torch.zeros(self.event_shape))
         self.register_buffer("data_scale", torch.ones(self.event_shape))

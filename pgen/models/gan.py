@@ -104,6 +104,8 @@ class GAN(GenerativeModel):
         kind = ARCHITECTURES[architecture]
         self.latent_dim, self.architecture, self.output, self.pack = latent_dim, architecture, output, int(pack)
         self.hidden = kind.hidden if hidden is None else tuple(hidden)
+        if not self.hidden or any(n < 1 for n in self.hidden):
+            raise ValueError(f"`hidden` should be one or more positive sizes, such as {kind.hidden}, got {self.hidden}")
         self.batch_norm = kind.batch_norm if batch_norm is None else batch_norm
         self.spectral_norm, self.own = spectral_norm, generator is not None or critic is not None
         with self.initial_weights(seed):
@@ -176,6 +178,12 @@ class GAN(GenerativeModel):
 
     def _default_batch(self, num_data: int) -> int:
         return max(min(BATCH, num_data) // self.pack, 1) * self.pack
+
+    def _begun(self, objective: Any, *args: Any) -> Any:
+        if not hasattr(objective, "players"):
+            what = type(objective).__name__
+            raise ValueError(f"`objective` of a GAN should be a game such as Adversarial(), got {what}, which needs a density")
+        return super()._begun(objective, *args)
 
     def _strict(self, batch: Batch, num_data: int) -> None:
         """Both networks fit the data, and a batch is one that they can learn from."""

@@ -191,6 +191,11 @@ class CriticsMove:
         if game.r1:
             x = x.detach().requires_grad_()
         real, fake = guide(**{**batch, "x": x}), guide(**{**batch, "x": y})
+        if not isinstance(real, Tensor):
+            kind = type(real).__name__
+            raise TypeError(
+                f"Adversarial needs a guide that is a critic, one number a datum, and this gives {kind}: use models.GAN"
+            )
         loss = LOSSES[game.loss].critic(real, fake).mean()
         right = game.right(real.detach(), fake.detach())
         metrics = {"accuracy_real": right[0].mean(), "accuracy_fake": right[1].mean(), "spread": _spread(y, x.detach())}
