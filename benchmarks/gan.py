@@ -216,7 +216,9 @@ def mode_table(part, found):
         "",
         "PacGAN's data and measure with smaller networks than the published ones: 3 x 128, no batch normalisation, z of 2",
         "numbers, batches of 128, Adam (.5, .999) falling linearly to zero; 2 500 samples; mean ± sd over seeds. The target",
-        f"itself has 98.9 % good samples and a reverse KL of {(count - 1) / 5000:.4f}.",
+        f"itself has 98.9 % good samples and a reverse KL of {(count - 1) / 5000:.4f}. *plain*: non-saturating, Adam 5e-4. *pack of",
+        "4*: the same with packs. *R1*: R1 falling from .1 to .001, Adam 1e-3, parameters averaged (.999); chosen among five",
+        "recipes on the grid by shorter runs of seed 0. Seeds that are not listed have not been run yet.",
         "",
         f"| variant | steps | seeds | modes of {count} | in every seed | good % | reverse KL | CPU s a seed | ms a step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -247,7 +249,9 @@ def step_table(found):
         "Milliseconds of CPU a step of both players (G and D 3 x 128, batch 128), medians over five blocks that take turns.",
         "Eager (the programs as written, run by Pyro) and graph (the captured step, not compiled; what `fit` takes after about",
         "a second) against a plain loop with fused Adam; compiled against `torch.compile` of both losses with fused Adam (it",
-        "has no double backward, so the gradient penalty is left to the plain loop there).", "",
+        "has no double backward, so the gradient penalty is left to the plain loop there). Eager steps of networks as small as",
+        "these are slower than the plain loop: the handlers around both programs, and the metrics, cost more than a millisecond.",
+        "",
         "| loss | tier | by hand | pgen | ratio |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in found.items():
