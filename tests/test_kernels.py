@@ -110,6 +110,18 @@ def test_a_measurement_tells_the_slower_library(monkeypatch):
     assert kernels._measure(torch.empty(64, 256), torch.empty(256, 64), False) is True
 
 
+def test_a_measurement_is_in_single_precision_whatever_the_default(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "_linear", lambda a, b, c: seen.append((a.dtype, b.dtype, c.dtype)))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        kernels._measure(torch.zeros(3, 5), torch.zeros(5, 4), True)
+    finally:
+        torch.set_default_dtype(before)
+    assert set(seen) == {(torch.float32,) * 3}
+
+
 def test_matrix_vector_products_stay_calls():
     def f(a, v):
         return [a @ v, a.t() @ (a @ v)]

@@ -138,8 +138,9 @@ def _strides(value: Any) -> tuple[int, ...]:
 
 def _measure(left: Any, right: Any, bias: bool) -> bool:
     """Whether oneDNN is faster on operands of these shapes: the best of some alternating trials."""
-    a, b = (torch.empty_strided(tuple(v.shape), _strides(v)).fill_(0.5) for v in (left, right))
-    c = torch.zeros(b.shape[1]) if bias else None
+    single = torch.float32  # whatever the default is
+    a, b = (torch.empty_strided(tuple(v.shape), _strides(v), dtype=single).fill_(0.5) for v in (left, right))
+    c = torch.zeros(b.shape[1], dtype=single) if bias else None
     mkl = (lambda: torch.mm(a, b)) if c is None else (lambda: torch.addmm(c, a, b))
     times = [math.inf, math.inf]
     for trial in range(12):
