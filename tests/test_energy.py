@@ -220,6 +220,18 @@ def test_a_further_fit_begins_at_the_chains_that_were_kept():
         assert torch.equal(begun.chains.x, kept.repeat(3, 1)[:count])
 
 
+def test_some_chains_begin_anew_where_data_are():
+    x = 5 + 3 * X
+    objective = PersistentContrastiveDivergence(1, num_chains=4000, restart=0.25).begin(Quadratic(), lambda x: None, (x,))
+    with torch.random.fork_rng():
+        at, _ = objective._renewed(Quadratic(), torch.full((4000, 2), 100.0, dtype=torch.float64), [], [])
+    anew = (at < 100).all(1)
+    assert float(anew.double().mean()) == pytest.approx(0.25, abs=0.03)  # four standard errors
+    torch.testing.assert_close(at[anew].mean(0), x.mean(0), atol=0.25, rtol=0)
+    torch.testing.assert_close(at[anew].std(0), x.std(0), atol=0.2, rtol=0)
+    assert bool((at[~anew] == 100).all())
+
+
 def test_chains_that_diverge_are_named_and_nothing_is_lost():
     model = EnergyBased((2,), hidden=(6,))
     before = {name: value.clone() for name, value in model.named_parameters()}

@@ -148,6 +148,14 @@ def test_r1_of_a_quadratic_critic_is_taken_at_the_data():
     assert float(slope - without) == pytest.approx(0.3 * 4 * float(X.square().sum(1).mean()), rel=1e-9)
 
 
+def test_the_gradient_penalty_is_taken_between_data_and_draws():
+    """T(x) = x^2 / 2 has slope x, uniform between the datum 1 and the draw 4: the mean of (x - 1)^2 is 3."""
+    x = torch.ones(20_000, 1, dtype=D)
+    with torch.random.fork_rng():
+        found = gradient_penalty(lambda x: 0.5 * x.square().sum(1), {"x": x}, 4 * x, len(x))
+    assert float(found.detach()) == pytest.approx(3.0, abs=0.1)  # standard error 0.02
+
+
 def test_a_penalty_at_a_flat_critic_has_a_gradient():
     model = game(critic=linear_critic([0.0, 0.0, 0.0]))
     penalty = gradient_penalty(model.guide, {"x": X}, X + 1, len(X))
