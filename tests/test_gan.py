@@ -10,9 +10,9 @@ from test_engine import INDUCTOR
 from torch import nn
 
 import pgen
-from pgen.adversaries import ARCHITECTURES, Critic, SpectralNorm, spectral_norm
 from pgen.data import Standardize
 from pgen.models import GAN
+from pgen.nn.adversaries import ARCHITECTURES, Critic, SpectralNorm, spectral_norm
 from pgen.objectives import Adversarial, Linear
 from pgen.objectives.adversarial import LOSSES, gradient_penalty
 from pgen.training import SGD, Adam

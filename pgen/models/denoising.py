@@ -14,8 +14,8 @@ from ..base import GenerativeModel, _evaluating
 from ..contracts import Batch, Kind, NotAvailable, Score, Seed, check_choice, check_positive
 from ..data.batches import key
 from ..data.transforms import Transform
-from ..denoisers import ResidualMLP, UNet
 from ..evaluation.posterior import by_rows
+from ..nn.denoisers import ResidualMLP, UNet
 from ..programs import isolated, keyed_rng
 from ..samplers.diffusion import Field, runge_kutta
 from ..training.fit import Training

@@ -23,11 +23,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..adversaries import ARCHITECTURES, OUTPUTS, Critic, Generator, spectral_norm
 from ..base import GenerativeModel, _evaluating
 from ..contracts import Batch, NotAvailable, Score, Seed, check_choice, check_positive
 from ..data.transforms import Standardize, Transform
 from ..evaluation.annealing import AIS, anneal
+from ..nn.adversaries import ARCHITECTURES, OUTPUTS, Critic, Generator, spectral_norm
 from ..objectives.adversarial import Adversarial
 from ..objectives.schedules import Linear
 from ..programs import isolated

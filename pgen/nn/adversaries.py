@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .nn import MLP
+from .dense import MLP
 
 __all__ = ["ARCHITECTURES", "OUTPUTS", "Critic", "Generator", "SpectralNorm", "spectral_norm"]
 

@@ -1,4 +1,4 @@
-r"""Networks without probability."""
+r"""Dense networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .contracts import check_choice
+from ..contracts import check_choice
 
 __all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten"]
 

@@ -1,0 +1,5 @@
+"""Networks without probability: dense ones; ``pgen.nn.denoisers``; generators and critics in ``pgen.nn.adversaries``."""
+
+from .dense import ACTIVATIONS, MLP, MaskedMLP, flatten
+
+__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten"]
