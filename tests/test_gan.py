@@ -199,7 +199,7 @@ def test_a_pack_is_judged_as_one():
     torch.testing.assert_close(numbers, X[:8].reshape(2, 12).sum(1))
     torch.testing.assert_close(model.criticise(X[:6])[1], torch.cat([X[4:6], X[:2]]).sum())  # filled up from the start
     rows, _ = Adversarial().rows(model.model, model.guide, {"x": X[:10]})
-    assert rows.shape == (10,)
+    assert rows.shape == (3,)  # a pack is one trial
     images = GAN((8, 8), 4, (3,), architecture="dcgan", pack=3, batch_norm=False)
     assert images.criticise(IMAGES).shape == (4,)
     assert images.critic.features[0].shape == (3, 8, 8)

@@ -134,13 +134,12 @@ class Adversarial:
     def rows(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
         """For each datum, the share of right answers about it and about one draw, ``(B,)``: a half if the critic knows nothing.
 
-        Numbers of a critic of packs count for each datum of the pack.
+        Of a critic of packs there is one row a pack, so that their spread gives the error of the mean.
         """
         assert isinstance(batch, dict)
         real, fake = guide(**batch), guide(**{**batch, "x": model(**batch)})
         right = torch.stack(self.right(real, fake)).mean(0)
-        count = len(batch["x"])
-        return right.repeat_interleave(-(-count // len(right)))[:count], right.new_zeros(())
+        return right, right.new_zeros(())
 
     def right(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the critic is right about each datum and each draw, as ones and zeros (a tie is half right)."""
