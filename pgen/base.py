@@ -214,7 +214,8 @@ class _Questions(nn.Module):
                 pause()
                 prepared, log_det = self._prepared(part)
                 rows, shared = objective.rows(*self.programs(), prepared)
-                local.append(rows if log_det is None or objective.kind == "unnormalised" else rows + log_det)
+                density = objective.kind != "unnormalised" or getattr(objective, "exact", False)
+                local.append(rows if log_det is None or not density else rows + log_det)
                 outside.append(shared)
         return torch.cat(local), torch.stack(outside).mean()
 

@@ -157,6 +157,21 @@ def test_chains_go_on_where_a_fit_was_interrupted(tmp_path):
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.chains, again.chains)
 
 
+def test_held_out_likelihoods_are_in_the_units_of_the_data():
+    y = 5 * torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    model = RBM((2,), 2, visible="gaussian", preprocess=pgen.data.Standardize())
+    run = model.fit(y, validation=y[:20], steps=1, early_stopping=0, progress=False)
+    assert run.word == "exact log-likelihood"
+    assert run.validation["bound"][-1] == pytest.approx(model.log_prob(y[:20]).mean, rel=1e-5)
+
+
+def test_dequantised_data_have_a_bound_of_their_mass():
+    x = torch.arange(8.0).reshape(4, 2) % 3
+    model = RBM((2,), 2, visible="gaussian", preprocess=pgen.data.Dequantize(3))
+    model.fit(x, steps=1, progress=False)
+    assert (model.log_prob(x).kind, model.log_prob(x).measure) == ("lower_bound", "mass")
+
+
 def test_slips_are_named():
     model = RBM((3,), 2)
     with pytest.raises(ValueError, match="`objective` ELBO would raise the density of site 'x' without end"):

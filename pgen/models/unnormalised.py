@@ -84,7 +84,7 @@ class UnnormalisedModel(GenerativeModel):
 
         Returns:
             A Score of kind ``unnormalised``; after ``log_normalizer()`` ``estimate``, its ``mc_error`` shared by all data (it
-            does not average out); ``exact`` where the normaliser is enumerated.
+            does not average out); ``exact`` where the normaliser is enumerated (``lower_bound`` of the mass of dequantised x).
         """
         if options.get("method", "importance") != "importance" or "num_samples" in options:
             check_positive("num_samples", options.get("num_samples", 1))
@@ -96,7 +96,7 @@ class UnnormalisedModel(GenerativeModel):
         if known is None:
             return replace(score, kind="unnormalised")
         value, error = known
-        if error == 0 and score.kind == "exact":  # enumerated
+        if error == 0:  # enumerated: exact, or a bound of the mass of dequantised x
             return replace(score, value=score.value - value)
         spread = torch.full_like(score.value, error) if error > 0 else None
         return replace(score, value=score.value - value, kind="estimate", mc_error=spread)

@@ -51,7 +51,8 @@ class Objective(Protocol):
     what it is: ``"critic accuracy"``, say. An objective without one is told as ``"log-likelihood"`` where the guide draws
     nothing, else as ``"bound"``, in nats a datum, and as minus the loss on training data. With a word of its own, the loss
     on training data is told as ``"loss"``, without a unit; a word that ends in ``"loss"`` or ``"error"`` says that ``rows``
-    are minus it, and it is shown with its own sign.
+    are minus it, and it is shown with its own sign. ``exact`` True says that ``rows`` are log-densities though the loss is not
+    normalised, so that they are told in the units of the data.
     """
 
     kind: Kind
