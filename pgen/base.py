@@ -120,6 +120,8 @@ class _Questions(nn.Module):
     home: ParameterHome
     primed: bool
     """Whether parameters have been started at the data (or loaded), so that a further fit goes on from where they are."""
+    num_rows: int = 0
+    """Rows of the data that ``prime`` is part of a fit to; of a source it is shown some only. 0 outside a fit."""
 
     default_batch_size: ClassVar[int | None] = None
     default_epochs: ClassVar[float | None] = None
@@ -304,6 +306,7 @@ class _Questions(nn.Module):
             validation = None if validation is None else place(validation, device, settings.dtype)
             if not self.primed:
                 with keyed_rng(key(seed, "prime"), device):
+                    self.num_rows = num_data
                     self.prime(data)
                 self.primed = True
             objective = self._begun(objective, data, seed, device, settings.dtype)

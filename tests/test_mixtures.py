@@ -10,7 +10,7 @@ from cases import seeded
 import pgen
 from pgen.data import Standardize
 from pgen.distributions.components import GaussianComponents
-from pgen.models import VAE, Gaussian, GaussianMixture, Mixture, MixtureOf
+from pgen.models import VAE, Gaussian, GaussianMixture, HiddenMarkov, Mixture, MixtureOf
 
 COVARIANCES = ("full", "diagonal", "spherical", "tied")
 SKLEARN = {"full": "full", "diagonal": "diag", "spherical": "spherical", "tied": "tied"}
@@ -196,6 +196,28 @@ def test_smoothing_counts_data_that_the_start_has_not_seen(monkeypatch):
     mixed = Mixture((2,), 2, columns=["binary", ("categorical", 2)])
     mixed.fit(x.expand(-1, 2), steps=1, progress=False)
     assert [float(part.num_data) for part in mixed.components.parts] == [40, 40]
+
+
+class Bits:
+    """A source of as many zeros and ones as are asked for."""
+
+    def __init__(self, rows, *event):
+        self.shape = (rows, *event)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def rows(self, indices):
+        return (indices.reshape(-1, *[1] * (len(self.shape) - 1)) % 3 == 0).float().expand(-1, *self.shape[1:])
+
+
+def test_smoothing_counts_the_rows_of_a_source_that_are_still_to_come():
+    model = Mixture((1,), 2)
+    model.fit(Bits(9000, 1), steps=1, batch_size=50, progress=False)
+    assert float(model.components.num_data) == 9000
+    chain = HiddenMarkov((4, 1), 2, likelihood="bernoulli")
+    chain.fit(Bits(9000, 4, 1), steps=1, batch_size=50, progress=False)
+    assert float(chain.num_data) == 9000 and float(chain.components.num_data) == 36_000
 
 
 def test_as_many_components_as_data_and_duplicates():

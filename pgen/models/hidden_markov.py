@@ -187,7 +187,8 @@ class HiddenMarkov(GenerativeModel):
     def prime(self, data: Batch) -> None:
         """Start at the best of ``restarts`` clusterings of frames."""
         batch = cast(dict[str, Tensor], self._prepared(data)[0])
-        self.num_data.fill_(len(batch["x"]))
+        total = self.num_rows or len(batch["x"])
+        self.num_data.fill_(total)
         rows = torch.randperm(len(batch["x"]), device=batch["x"].device)[: max(1, START_ROWS // self.event_shape[0])]
         x = batch["x"][rows]
         inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -200,7 +201,7 @@ class HiddenMarkov(GenerativeModel):
             fits = [self._start(x, inside, each) for each in tried]
             self._start(x, inside, tried[max(range(len(fits)), key=fits.__getitem__)])
             frames = batch["lengths"].sum() if "lengths" in batch else batch["x"].shape[:2].numel()
-            self.components.share_smoothing(int(frames))
+            self.components.share_smoothing(int(frames) * total // len(batch["x"]))
 
     def _features(self, x: Tensor, inside: Tensor) -> Tensor:
         """What frames are clustered by: themselves, or categories with their neighbours, ``(frames, features)``."""

@@ -214,7 +214,7 @@ class _VectorMixture(_Mixture):
     def prime(self, data: Batch) -> None:
         """Start at the best of ``restarts`` runs of k-means."""
         super().prime(data)
-        self.components.share_smoothing(len(cast(dict[str, Tensor], data)["x"]))
+        self.components.share_smoothing(self.num_rows or len(cast(dict[str, Tensor], data)["x"]))
 
     def _features(self, x: Tensor) -> Tensor:
         return self.components.features(x)
@@ -459,6 +459,7 @@ class MixtureOf(_Mixture):
         self.arrays.set({"weights": smoothed_log_share(weight)})
         for model, share in zip(self._models(), weight.T):
             mine, least = x[share > 0], max(2, getattr(model, "num_components", 2))
+            model.num_rows = len(mine) * self.num_rows // len(x)
             model.prime({"x": mine if len(mine) >= least else x})
         return 0.0  # there is but one start
 
