@@ -416,6 +416,9 @@ def test_bad_settings_are_refused():
             GAN((2,), hidden=hidden)
     with pytest.raises(ValueError, match=r"should be a game such as Adversarial.*, got ELBO"):
         GAN((2,)).fit(torch.zeros(9, 2), objective=pgen.ELBO(), steps=1, progress=False)
+    for options in ({"average": 16}, {"stop": "converged"}):
+        with pytest.raises(ValueError, match="`stop='converged'` and `average` need one loss"):
+            GAN((2,)).fit(torch.randn(9, 2), steps=20, progress=False, **options)
     with pytest.raises(TypeError, match="needs a guide that is a critic"):
         pgen.models.VAE((2,), likelihood="gaussian").fit(torch.randn(9, 2), objective=Adversarial(), steps=1, progress=False)
 

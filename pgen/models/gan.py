@@ -173,6 +173,8 @@ class GAN(GenerativeModel):
         return Adversarial(r1=Linear(0.1, 0.001))
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
+        if settings.stop == "converged" or settings.average is not None:
+            return Adam(1e-3, betas=(0.5, 0.999)), settings  # the loop says why a game cannot have them
         rate, ema = settings.schedule or "linear", settings.ema or 0.99
         return Adam(1e-3, betas=(0.5, 0.999)), replace(settings, schedule=rate, ema=ema)
 
