@@ -73,6 +73,18 @@ def test_the_bound_of_a_chain_of_steps_is_that_of_the_closed_form(num_steps):
     assert num_steps == 3 or bool((score.mc_error < 0.4).all())
 
 
+def test_the_best_estimate_of_normal_data_leaves_no_noise_in_the_bound():
+    x, schedule = data(6), NoiseSchedule("linear_log_snr", (LOW, HIGH)).double()
+
+    def best(z, log_snr):
+        return alpha_sigma(log_snr)[0][:, None] * z
+
+    chain = Denoising(best, schedule, x, lambda n: x, rows=6, event_shape=(3,))
+    value = Noising(x, schedule.ends[1]).sample()
+    other = torch.cat([value[:, :3], value[:, 3:6].flip(0) + 1, value[:, 6:]], 1)  # other noise at the same times
+    torch.testing.assert_close(chain.log_prob(value), chain.log_prob(other), rtol=1e-6, atol=1e-6)
+
+
 def test_more_steps_tighten_the_bound_to_the_truth():
     x = data(50)
     means = [float(exact_bound(num_steps, x).mean()) for num_steps in (5, 20, 100)]
@@ -278,6 +290,17 @@ def test_the_density_of_flow_matching_is_that_of_the_gaussian():
     torch.testing.assert_close(score.value, truth(x), atol=1e-4, rtol=0)
     drawn = model.sample(4000, solver="rk4", seed=1)
     torch.testing.assert_close(torch.cov(drawn.T), COVARIANCE, atol=0.2, rtol=0)
+
+
+def test_the_density_by_the_equation_is_in_the_units_of_the_data():
+    x = data(20)
+    flow = FlowMatching((3,), BestVelocity(COVARIANCE), preprocess=pgen.data.Standardize()).double()
+    flow.shift.copy_(MEAN)
+    for model in (gaussian(preprocess=pgen.data.Standardize()), flow):
+        model.preprocess.fit(5 + 3 * x)
+        y, log_det = model.preprocess.forward_with_log_det(x)
+        score = model.log_prob(x, method="ode", steps=60)
+        torch.testing.assert_close(score.value, truth(y) + log_det, atol=3e-3, rtol=0)
 
 
 # --- the contract of a site whose density is estimated -------------------------------------------------------------------
