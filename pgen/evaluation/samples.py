@@ -1,7 +1,7 @@
 r"""How good samples are, judged by samples alone: for models without a likelihood, and beside it for those with one.
 
 ``evaluate(generated, real, train=...)`` asks everything at once and says in words what was found. Each number comes with its
-error and the sizes behind it, and beside it stands the same number for held-out real data in place of the generated: the floor
+error and the sizes behind it, and beside it stands the same number for real data in place of the generated: the floor
 that no model needs to beat. No single number ranks models: a classifier may tell samples apart by a trifle, a distance may be
 small for samples that miss a class, and copies of the training data pass every test but that for copies.
 """
@@ -67,7 +67,7 @@ _SHORT = (
     ("coverage", "the neighbourhoods of real data hold a sample", "part of the data is missing"),
     ("precision", "the samples lie where data do", "the others lie beside the data"),
 )
-_HEADER = ("measure", "in", "samples", "held-out real", "by chance", "p", "n")
+_HEADER = ("measure", "in", "samples", "real data", "by chance", "p", "n")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Row:
     Attributes:
         found: Of the generated samples.
         space: In which it was taken: ``data``, or the name of the features.
-        floor: The same of held-out real data in place of the generated; None where there are none, or it has no meaning.
+        floor: The same of training data in place of the generated (of classes and modes, of the real data); None without them.
     """
 
     found: Finding
@@ -376,7 +376,7 @@ def _verdict(rows: dict[str, Row]) -> list[str]:
             row.found.std_error, row.floor.std_error
         ):
             more = "part of the data is missing." if name == "coverage" else "the others lie beside the data."
-            said.append(f"{row.found.value:.2f} {words}, of held-out real data {row.floor.value:.2f}: {more}")
+            said.append(f"{row.found.value:.2f} {words}, of training data {row.floor.value:.2f}: {more}")
     return said
 
 
