@@ -373,7 +373,7 @@ def page(found, settings):
         ]  # fmt: skip
         parts += [
             "## 28 x 28 pixels, some CPU time each",
-            "Negative log-likelihood of the test images (of 2000 drawn at random for the PixelCNN), ± standard error over images. "
+            "Negative log-likelihood of the test images (PixelCNN: of a random 2000), ± standard error over images. "
             "MNIST and Fashion-MNIST are binarised anew at every step, test images once (seed 0). The published figures took "
             "GPU hours; what is missing here is epochs and width. OMNIGLOT is the nearest-pixel "
             "binary version, without a published figure.",
