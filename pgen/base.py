@@ -997,6 +997,11 @@ class GenerativeModel(_Questions, PyroModule):
         if not self.context_dim:
             raise ValueError("this model was made without context; make it with context_dim=... to condition on one")
         context = torch.as_tensor(as_batch(context, name="context"))
+        if context.dim() == 1 and len(context) == length and self.context_dim > 1:
+            raise ValueError(
+                f"`context` should have shape (N, {self.context_dim}), got {tuple(context.shape)}; classes? "
+                f"give torch.nn.functional.one_hot(classes, {self.context_dim})"
+            )
         check_event_shape("context", context, (self.context_dim,))
         if len(context) != length and len(context) != 1:
             raise ValueError(f"`context` has {len(context)} rows for {length} data; give one row a datum, or one for all")

@@ -49,6 +49,8 @@ CATEGORIES = (  # Petroff (2021, arXiv:2107.02270), ten colours chosen with colo
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
+_AIMS = {"critic accuracy": ": fooled at 0.5", "energy gap": ": nearer to 0 is better", "loss": ""}  # what is no score
+
 
 def plot_bound(run: Run) -> Figure:
     r"""What a fit maximised (``run.word``): raw (faint) and smoothed, with validation and a band of one standard error.
@@ -75,13 +77,13 @@ def plot_bound(run: Run) -> Figure:
     lines = [smooth]
     for panel in others:
         _draw_validation(panel, run)
-        _label(panel, "optimizer step", run.word, "On held-out data: higher is better")
+        _label(panel, "optimizer step", run.word, f"On held-out data{_AIMS.get(run.word, ': higher is better')}")
     if validated and not apart:
         lines.append(_draw_validation(ax, run))
     note = _scale_bound(ax, lines, bound)
     shown, unit = name if sign > 0 else f"minus {name}", f"{unit}{note}".strip(" ;")
     label = f"{shown} [{unit}]" if unit else shown
-    _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training: higher is better")
+    _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training{_AIMS.get(name, ': higher is better')}")
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
     _legend(ax, loc="lower right")
     return figure

@@ -505,3 +505,8 @@ def test_nothing_is_warned_of_in_a_healthy_fit():
         warnings.simplefilter("error")
         run = GAN((2,), 2, (16,), seed=0).fit(X[:, :2].float(), steps=250, batch_size=20, progress=False, compile="eager")
     assert run.warnings == []
+
+
+def test_classes_as_context_are_pointed_to_one_hot() -> None:
+    with pytest.raises(ValueError, match=r"one_hot\(classes, 3\)"):
+        pgen.models.GAN((2,), context_dim=3, hidden=(4,)).fit(torch.randn(20, 2), context=torch.arange(20) % 3, steps=1)

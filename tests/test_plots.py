@@ -5,6 +5,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
+import pgen
 from pgen import plots
 from pgen.contracts import Run
 
@@ -60,6 +61,11 @@ def test_bound_skips_what_is_not_finite_and_refuses_an_empty_run():
     np.testing.assert_allclose(line(ax, "training, raw").get_xdata(), [1, 3])
     with pytest.raises(ValueError, match="`run` should have a history with finite losses"):
         plots.plot_bound(Run())
+
+
+def test_a_game_and_an_energy_are_not_said_to_be_better_higher():
+    run = pgen.models.GAN((2,), hidden=(4,)).fit(torch.randn(20, 2), validation=torch.randn(9, 2), steps=2, progress=False)
+    assert all("higher" not in ax.get_title(loc=where) for ax in plots.plot_bound(run).axes for where in ("left", "center"))
 
 
 @pytest.mark.parametrize(

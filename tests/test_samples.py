@@ -400,3 +400,20 @@ def test_pictures_of_samples_and_their_neighbours(report, tmp_path):
         found = dataclasses.replace(report, shown=shown, neighbours=near)
         path = pgen.plots.save(pgen.plots.samples_and_neighbours(found), tmp_path / "a.png")
         assert path.stat().st_size > 1000
+
+
+def test_columns_of_different_units_count_alike() -> None:
+    g = torch.Generator().manual_seed(0)
+    real, wrong = (torch.randn(120, 2, generator=g) * torch.tensor([1.0, 800.0]) for _ in range(2))
+    wrong[:, 0] += 6.0  # in the small column alone, which one component would not see
+    found = samples.evaluate(wrong, real, progress=False)
+    assert found["precision"].value < 0.05
+    assert "columns differ in scale by a factor" in str(found)
+    assert "columns differ in scale" not in str(
+        samples.evaluate(real + 0.1, real, progress=False, modes=None, features=lambda x: x)
+    )
+
+
+def test_labels_that_are_words_are_named() -> None:
+    with pytest.raises(TypeError, match="`labels` should hold numbers"):
+        samples.evaluate(torch.randn(30, 2), torch.randn(30, 2), labels=["a", "b"] * 15, features="classifier", progress=False)

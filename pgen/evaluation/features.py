@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Seed, as_seed, check_choice
+from ..data.arrays import as_batch
 from ..data.batches import key
 from ..nn import MLP
 from ..programs import keyed_rng
@@ -154,7 +155,7 @@ def train_classifier(x: Any, labels: Any, *, seed: Seed = 0, progress: bool = Tr
         True
     """
     (rows,) = same_sample(10, x=x)
-    found = torch.as_tensor(labels).detach().to(rows.device)
+    found = torch.as_tensor(as_batch(labels, name="labels")).detach().to(rows.device)
     if found.shape != (len(rows),):
         raise ValueError(f"`labels` should be one class a row, shape ({len(rows)},), got {tuple(found.shape)}")
     classes, target = found.unique(return_inverse=True)

@@ -63,6 +63,7 @@ LEVEL = 0.01
 """Of all tests of one question together."""
 _SHOWN = 10
 _LEVELS = 300
+_STRETCH = 10.0  # columns of a table whose deviations differ by more are measured in units of their own
 _SHORT = (
     ("coverage", "the neighbourhoods of real data hold a sample", "part of the data is missing"),
     ("precision", "the samples lie where data do", "the others lie beside the data"),
@@ -250,10 +251,11 @@ def evaluate(
     for name in set(given) - {"generated"}:
         if not bool((rows[name][1] != rows[name][1][0]).any()):
             raise ValueError(f"all {len(rows[name][1])} rows of `{name}` are equal, so it has no law to hold samples against")
-    parts = {name: _thin(array, most, key(seed, name)) for name, (array, _) in rows.items()}
+    measured, stretch = _in_one_scale(rows) if modes is None and features in ("pca", "pixels") else (rows, 1.0)
+    parts = {name: _thin(array, most, key(seed, name)) for name, (array, _) in measured.items()}
     with Progress(6, progress, QUIET_SECONDS) as bar:
         bar.at(0, "features")
-        reference = train if train is not None else real
+        reference = measured["train" if train is not None else "real"][0]
         classes = None if labels is None else train_classifier(reference, labels, seed=seed, progress=progress)
         space = feature_space(features, reference, classes=classes)
         judge = _Judge(parts["real"], space, k, seed, progress)
@@ -263,14 +265,30 @@ def evaluate(
         floor = dict(judge.all(some(parts["train"], len(parts["generated"]), key(seed, "floor")))) if train is not None else {}
         table = {name: Row(f, where, floor.get(name, (None,))[0]) for name, (f, where) in found.items()}
         bar.at(5, "copies and modes")
-        table |= _copies(rows, seed, parts["real"]) if train is not None else {}
+        table |= _copies(measured, seed, parts["real"]) if train is not None else {}
         table |= _modes(parts, classes, labels, modes, seed)
     sizes = (len(rows["generated"][0]), len(rows["real"][0]), len(rows["train"][0]) if train is not None else 0)
     shown, near = _nearest(parts["generated"], rows["train" if train is not None else "real"][0])
     recipe = f"features: {space}" + (f"; classes: {classes.recipe}" if classes and features != "classifier" else "")
     notes = _notes(rows, table, train is not None)
+    if stretch > 1.0:
+        notes.append(
+            f"columns differ in scale by a factor {stretch:.3g}: measured are columns divided by their standard deviations"
+        )
     of = "training data" if train is not None else "real data"
     return SampleReport(table, _verdict(table), recipe, sizes, shown, near, of, notes)
+
+
+def _in_one_scale(rows: dict[str, tuple[Any, Tensor]]) -> tuple[dict[str, tuple[Any, Tensor]], float]:
+    """Vectors whose columns have different units, over the columns' standard deviations, and the largest ratio of these."""
+    reference = rows.get("train", rows["real"])
+    deviation = reference[1].std(0)
+    varying = deviation[deviation > 0]
+    stretch = float(varying.max() / varying.min())
+    if torch.as_tensor(reference[0]).dim() != 2 or stretch < _STRETCH:
+        return rows, 1.0
+    unit = torch.where(deviation > 0, deviation, 1.0)
+    return {name: (x / unit, x / unit) for name, (_, x) in rows.items()}, stretch
 
 
 def _drawn(generated: Any, real: Any, seed: int) -> Any:
