@@ -659,7 +659,7 @@ def check_models(text: str) -> list[str]:
         raise ValueError(f"--models takes families separated by commas, each once, such as gaussian,vae; got {text!r}")
     for name in names:
         if not families[name].has_density:
-            raise ValueError(f"--models: {name} has no density, so there is nothing to compare; leave it out")
+            raise ValueError(f"--models: {name} has no density to compare; leave it out; judge its samples by pgen evaluate")
     return names
 
 
