@@ -389,6 +389,7 @@ def test_a_critic_that_is_not_finite_is_named():
         (lambda: GAN((3,), 2, generator=nn.Sequential(nn.Linear(2, 3), nn.Tanh())), 9 * X, {}, r"tanh, .*\[-1, 1\]"),
         (lambda: GAN((8, 8), output="sigmoid"), IMAGES, {}, r"sigmoid, .*\[0, 1\].*x / 255"),
         (lambda: GAN((3,), batch_norm=True), X, {"batch_size": 1}, "batch normalisation over a batch of one.*2 or more"),
+        (lambda: GAN((3,)), X[:1], {}, "the spread of draws in a batch of one leaves nothing: give more than one datum"),
         (lambda: GAN((3,), pack=4), X, {"batch_size": 6}, "multiple of pack=4, got 6"),
         (lambda: GAN((3,), context_dim=2), X, {"context": torch.ones(40, 2)}, "every datum has the same context"),
         (lambda: GAN((3,), 2, generator=nn.Linear(2, 4)), X, {}, r"make data of shape \(3,\), got \(4,\)"),

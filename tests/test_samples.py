@@ -357,6 +357,14 @@ def test_the_floor_has_as_many_data_as_there_are_samples(three):
     assert not found.notes  # 160 numbers that are all different are no levels
 
 
+def test_other_units_are_noted():
+    x, y = (torch.rand(40, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for pair in ((255 * x, y), (x, 255 * y)):
+        notes = samples.evaluate(*pair, progress=False).notes
+        assert any("are both in the same units?" in note for note in notes)
+    assert not any("units" in note for note in samples.evaluate(x, 10 * y, progress=False).notes)
+
+
 def test_values_between_levels_are_noticed(three):
     (_, real, generated), _ = three
     found = samples.evaluate(generated, real.round(), progress=False)

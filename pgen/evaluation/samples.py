@@ -61,6 +61,8 @@ __all__ = [
 
 LEVEL = 0.01
 """Of all tests of one question together."""
+UNITS = 20
+"""Ratio of the largest absolute values from which samples and data look as if in different units."""
 _SHOWN = 10
 _LEVELS = 300
 _STRETCH = 10.0  # columns of a table whose deviations differ by more are measured in units of their own
@@ -432,6 +434,11 @@ def _notes(rows: dict[str, tuple[Tensor, Tensor]], table: dict[str, Row], traine
         said.append("no floor, and no search for copies: give `train`, the data that the model was fitted to")
     elif "nearest in train" not in table:
         said.append("most of the real data are training data: no search for copies; give data that the model was not fitted to")
+    drawn, real = (rows[name][1] for name in ("generated", "real"))
+    tops = [float(x.abs().max()) for x in (drawn, real)]
+    if min(tops) > 0 and max(tops) > UNITS * min(tops):
+        ends = (f"[{number(float(x.min()))}, {number(float(x.max()))}]" for x in (drawn, real))
+        said.append("samples lie in {}, real data in {}: are both in the same units?".format(*ends))
     levels = rows["real"][1].unique()
     if len(levels) <= min(_LEVELS, rows["real"][1].numel() // 2):  # few numbers that are all different are no levels
         on = float(torch.isin(rows["generated"][1].float(), levels.float()).double().mean())

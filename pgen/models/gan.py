@@ -193,8 +193,10 @@ class GAN(GenerativeModel):
         rows, shape = len(batch["x"]), tuple(batch["x"].shape)
         if rows % self.pack:
             raise ValueError(f"`batch_size` should be a multiple of pack={self.pack}, got {rows}")
-        if rows == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
-            raise ValueError("batch normalisation over a batch of one leaves nothing: give `batch_size` 2 or more")
+        if rows == 1:
+            what = "batch normalisation over" if self._normalises() else "the spread of draws in"
+            more = "give more than one datum" if num_data == 1 else "give `batch_size` 2 or more"
+            raise ValueError(f"{what} a batch of one leaves nothing: {more}")
         made = self.model(**batch)
         if tuple(made.shape) != shape:
             raise ValueError(f"the generator should make data of shape {shape[1:]}, got {tuple(made.shape[1:])}")
@@ -203,6 +205,9 @@ class GAN(GenerativeModel):
             raise ValueError(
                 f"the critic should give one number a pack, {rows // self.pack} for {rows} data, got {tuple(numbers.shape)}"
             )
+
+    def _normalises(self) -> bool:
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
         """Data must lie where the generator can reach them; labels must tell data apart."""
