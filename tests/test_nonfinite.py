@@ -73,6 +73,14 @@ def test_unrolled_steps_skip_as_single_ones_do():
     torch.testing.assert_close(state(unrolled), state(reference), rtol=1e-9, atol=1e-12)
 
 
+def test_statistics_taken_anew_leave_out_batches_that_are_not_finite():
+    """Those of averaged parameters come from batches of their own, the bad row among them."""
+    model = Ratios()
+    assert fit(model, Y, ema=0.9).skipped > 0
+    norm = model.net[0]
+    assert all(bool(torch.isfinite(b).all()) for b in norm.buffers()) and int(norm.num_batches_tracked) > 2
+
+
 def row_of_zeros(x):
     """The ratio of one row is 0 / 0."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

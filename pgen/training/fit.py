@@ -469,14 +469,20 @@ class _Loop:
     def recount(self) -> None:
         """Take batch normalisation's statistics anew: those at hand belong to parameters of other steps."""
         norms = [m for m in self.target.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-        momenta, own = [m.momentum for m in norms], {id(b) for m in norms for b in m.buffers()}
+        statistics = [b for m in norms for b in m.buffers()]
+        momenta, own, kept = [m.momentum for m in norms], set(map(id, statistics)), [b.clone() for b in statistics]
         for m in norms:
             m.reset_running_stats()
             m.momentum = None  # a plain mean over batches
         try:
             with keyed_rng(0, self.device), unchanged([b for b in self.step.buffers if id(b) not in own]), torch.enable_grad():
                 for number in range(RECOUNTED if norms else 0):
+                    before = [b.clone() for b in statistics]
                     self._loss_at(number % len(self.batches), key(self.seed, "recount", number))
+                    if not all(bool(torch.isfinite(b).all()) for b in statistics):  # the batch of a step that was skipped
+                        _copy(statistics, before)
+            if norms and not any(int(cast(Tensor, m.num_batches_tracked)) for m in norms):
+                _copy(statistics, kept)
         finally:
             for m, momentum in zip(norms, momenta):
                 m.momentum = momentum
@@ -1218,6 +1224,13 @@ class _Trainer:
         if self.compilation is not None:
             return "training ended before compilation did"
         return "too short to be worth " + ("capturing" if loop.tier == "eager" else "compiling")
+
+
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Give tensors other values."""
+    with torch.no_grad():
+        for tensor, value in zip(into, values):
+            tensor.copy_(value)
 
 
 @contextmanager
