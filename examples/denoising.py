@@ -53,6 +53,7 @@ def picture(rows: list[tuple[str, Tensor]]) -> Figure:
 
 def main(folder: str | Path = ".", epochs: int = 200, width: int = 256, progress: bool = True) -> pgen.Score:
     """Fit, score, draw; gives the bound of the test data, classes given."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     x = pgen.data.digits(integers=True, split="random")
     classes = [one_hot(labels.long(), 10).float() for labels in (x.labels.train, x.labels.test)]
     model = pgen.models.Diffusion(
@@ -75,7 +76,7 @@ def main(folder: str | Path = ".", epochs: int = 200, width: int = 256, progress
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default=".")
+    parser.add_argument("--out", default="demo/denoising", help="folder for the picture (default: demo/denoising)")
     parser.add_argument("--epochs", type=int, default=200)
     options = parser.parse_args()
-    main(options.folder, options.epochs)
+    main(options.out, options.epochs)

@@ -36,6 +36,7 @@ def picture(panels: list[tuple[str, Any, torch.Tensor]], reach: float = 4.0) -> 
 
 def main(folder: str | Path = ".", steps: int = 2000, temps: int = 200, progress: bool = True) -> dict[str, float]:
     """Fit both, compose, draw; gives the share of the draws of each sum in the right half."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     gaussians, moons = (EnergyBased((2,), seed=seed, tempering=(temps, temps // 2, 5)) for seed in (0, 1))
     gaussians.fit(eight_gaussians().sample(5000, seed=0), steps=steps, progress=progress)
     moons.fit(two_moons().sample(5000, seed=1) * 2 - torch.tensor([1.0, 0.5]), steps=steps, progress=progress)
@@ -60,7 +61,7 @@ def main(folder: str | Path = ".", steps: int = 2000, temps: int = 200, progress
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default=".")
+    parser.add_argument("--out", default="demo/energy", help="folder for the picture (default: demo/energy)")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    main(options.folder, options.steps)
+    main(options.out, options.steps)

@@ -38,6 +38,7 @@ def picture(panels: list[tuple[str, torch.Tensor, torch.Tensor, pgen.models.Flow
 
 def main(folder: str | Path = ".", steps: int = 3000, hidden: int = 128, progress: bool = True) -> dict[str, float]:
     """Fit, print what is left, and draw; gives the gaps in nats by target."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     panels, gaps = [], {}
     for name, make in TARGETS.items():
         target = make()
@@ -56,7 +57,7 @@ def main(folder: str | Path = ".", steps: int = 3000, hidden: int = 128, progres
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default=".")
+    parser.add_argument("--out", default="demo/flow_toys", help="folder for the picture (default: demo/flow_toys)")
     parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
-    main(options.folder, options.steps)
+    main(options.out, options.steps)
