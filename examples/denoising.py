@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 import pgen
 from pgen.samplers.diffusion import ancestral
 
-FRAMES = 8
+FRAMES = 6
 
 
 def path(model: pgen.models.Diffusion, context: Tensor, steps: int = 200) -> tuple[list[Tensor], list[Tensor]]:
