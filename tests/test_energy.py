@@ -401,3 +401,20 @@ def test_each_context_has_a_law_of_its_own():
     assert model.log_prob(x[:2], where[:2]).kind == "unnormalised"  # one number would not do for all contexts
     with pytest.raises(ValueError, match="give `context`"):
         model.sample(3)
+
+
+def test_waves_of_standardised_data_stand_beside_them(tmp_path):
+    """Units of x do not matter: the network sees data in their standard deviations, and saves with its octaves."""
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    models = [EnergyBased((2,), hidden=(8,), octaves=3, confine=False, seed=1) for _ in range(2)]
+    for model, unit in zip(models, (1.0, 100.0)):
+        model.prime({"x": unit * x})
+    torch.testing.assert_close(models[0].energy(x), models[1].energy(100 * x), rtol=1e-4, atol=1e-5)
+    assert models[0].network.layers[0].in_features == 2 * (1 + 2 * 3)
+    models[0].save(tmp_path / "energy.pgen")
+    again = pgen.load(tmp_path / "energy.pgen")
+    assert again.octaves == 3
+    torch.testing.assert_close(again.energy(x), models[0].energy(x))
+    for settings in ({"octaves": -1}, {"octaves": 17}, {"octaves": 2, "energy": "conv"}):
+        with pytest.raises(ValueError, match=r"`octaves` should be a number up to 16, with energy='dense', got"):
+            EnergyBased((8, 8), **settings)

@@ -34,13 +34,15 @@ from ..evaluation.annealing import AIS
 from ..evaluation.calibration import check_labels
 from ..evaluation.normalizer import LogNormalizer, annealed_normalizer
 from ..evaluation.tempering import Tempering, move_on, tempered
-from ..nn import ACTIVATIONS, MLP
+from ..nn import ACTIVATIONS, MLP, waves
 from ..objectives import PersistentContrastiveDivergence
 from ..programs import isolated
 from ..training import Adam, Training
 from .unnormalised import UnnormalisedModel
 
 __all__ = ["EnergyBased", "EnergySum"]
+
+MOST_OCTAVES = 16
 
 
 class EnergyBased(UnnormalisedModel):
@@ -60,6 +62,8 @@ class EnergyBased(UnnormalisedModel):
         hidden: Sizes of the hidden layers of ``"dense"``; channels of the layers of ``"conv"``, each of which halves the
             image but the first.
         activation: By name; smooth ones, as chains follow the gradient.
+        octaves: Of waves of x, in the data's standard deviations, that the dense network sees beside x: for fine structure in
+            few numbers, such as narrow islands (6).
         confine: Whether the Gaussian term is there.
         num_labels: K, of the joint energy classifier; 0 for none.
         tempering: How ``sample`` draws unless told otherwise: temperatures from noise to the model, transitions at the end,
@@ -87,6 +91,7 @@ class EnergyBased(UnnormalisedModel):
         hidden: Sequence[int] = (128, 128),
         activation: str = "silu",
         *,
+        octaves: int = 0,
         confine: bool = True,
         num_labels: int = 0,
         tempering: tuple[int, int, int] = (200, 100, 5),
@@ -101,7 +106,9 @@ class EnergyBased(UnnormalisedModel):
         self.hidden, self.activation = tuple(int(n) for n in hidden), ACTIVATIONS.name(activation)
         if any(n < 1 for n in self.hidden) or (energy == "conv" and not self.hidden):
             raise ValueError(f"`hidden` should be positive sizes, such as (128, 128), got {self.hidden}")
-        self.confine, self.num_labels = bool(confine), int(num_labels)
+        if not 0 <= octaves <= MOST_OCTAVES or (octaves and energy != "dense"):
+            raise ValueError(f"`octaves` should be a number up to {MOST_OCTAVES}, with energy='dense', got {octaves}")
+        self.octaves, self.confine, self.num_labels = int(octaves), bool(confine), int(num_labels)
         self.register_buffer("data_loc", torch.zeros(self.event_shape))
         self.register_buffer("data_scale", torch.ones(self.event_shape))
         self.network_name = energy if isinstance(energy, str) else ""
@@ -115,14 +122,15 @@ class EnergyBased(UnnormalisedModel):
         check_choice("energy", energy, ("dense", "conv"))
         outputs, activation = self.num_labels or 1, ACTIVATIONS[self.activation]
         if energy == "dense":
-            return _Dense(math.prod(self.event_shape) + self.context_dim, self.hidden, outputs, activation)
+            seen = math.prod(self.event_shape) * (1 + 2 * self.octaves)
+            return _Dense(seen + self.context_dim, self.hidden, outputs, activation)
         if self.context_dim:
             raise ValueError("energy='conv' takes no context; use 'dense', or a module of your own")
         return _Convolutional(self.event_shape, self.hidden, outputs, activation)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("activation", "confine", "num_labels", "context_dim")
+        names = ("activation", "octaves", "confine", "num_labels", "context_dim")
         own = {"event_shape": list(self.event_shape), "energy": self.network_name, "hidden": list(self.hidden)}
         return {**own, **{name: getattr(self, name) for name in names}, "tempering": list(astuple(self.tempering))}
 
@@ -182,7 +190,8 @@ class EnergyBased(UnnormalisedModel):
 
     def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
         """What the network gives: ``(N, 1)`` energies or ``(N, K)`` logits."""
-        arguments = [x] if context is None else [x, context]
+        seen = waves(((x - self.loc) / self.scale).flatten(1), self.octaves) if self.octaves else x
+        arguments = [seen] if context is None else [seen, context]
         out = self.network(*arguments)
         wanted = (len(x), self.num_labels) if self.num_labels else (len(x),)
         if tuple(out.shape) not in (wanted, (len(x), 1)):

@@ -1,5 +1,5 @@
 """Networks without probability: dense ones; ``pgen.nn.denoisers``; generators and critics in ``pgen.nn.adversaries``."""
 
-from .dense import ACTIVATIONS, MLP, MaskedMLP, flatten
+from .dense import ACTIVATIONS, MLP, MaskedMLP, flatten, waves
 
-__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten"]
+__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten", "waves"]

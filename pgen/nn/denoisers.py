@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
 
+from .dense import waves
+
 __all__ = ["LevelEmbedding", "ResidualMLP", "UNet"]
 
 
@@ -56,8 +58,7 @@ class ResidualMLP(nn.Module):
         event_shape: Shape of z.
         width: Size of the hidden layers.
         blocks: Residual blocks.
-        octaves: How many doublings of :math:`\sin(2^k z), \cos(2^k z)` stand beside z: a network sees fine structure in few
-            numbers by them.
+        octaves: Of the waves of z beside z, as ``pgen.nn.waves`` has them.
         outputs: Numbers for each of z; with 1 there is no axis of outputs.
         context_dim: Size of the context; 0 for none.
         dropout: Probability with which a hidden unit is left out of a training step.
@@ -98,17 +99,10 @@ class ResidualMLP(nn.Module):
     def forward(self, z: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs at every number of z."""
         told = self.embed(level, context)  # (B, width)
-        h = self.first(self._seen(z.flatten(1)))
+        h = self.first(waves(z.flatten(1), self.octaves))
         for block in self.blocks:
             h = block(h, told)
         return self.last(silu(self.norm(h))).unflatten(-1, self.shape)
-
-    def _seen(self, z: Tensor) -> Tensor:
-        """z and its waves, ``(B, D (1 + 2 octaves))``."""
-        if not self.octaves:
-            return z
-        waves = (z.unsqueeze(-1) * 2.0 ** torch.arange(self.octaves, device=z.device)).flatten(1)
-        return torch.cat([z, waves.sin(), waves.cos()], -1)
 
 
 class _Block(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..contracts import check_choice
 
-__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten"]
+__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "flatten", "waves"]
 
 
 class MLP(nn.Sequential):
@@ -172,6 +172,24 @@ def flatten(x: Tensor, event_dims: int) -> Tensor:
     """Join the last ``event_dims`` axes into one, as the default dtype if they were not floating."""
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     return x.flatten(-event_dims) if event_dims > 1 else x
+
+
+def waves(z: Tensor, octaves: int) -> Tensor:
+    r"""z, and :math:`\sin(2^k z), \cos(2^k z)` for k below ``octaves``: a network sees fine structure in few numbers by them.
+
+    Shapes: ``(*batch, D)`` -> ``(*batch, D (1 + 2 octaves))``, for z of about unit variance.
+
+    References:
+        Tancik et al. (2020), Fourier features let networks learn high frequency functions, arXiv:2006.10739.
+
+    Example:
+        >>> waves(torch.zeros(3, 2), 2)[0]
+        tensor([0., 0., 0., 0., 0., 0., 1., 1., 1., 1.])
+    """
+    if not octaves:
+        return z
+    fast = (z.unsqueeze(-1) * 2.0 ** torch.arange(octaves, device=z.device)).flatten(-2)
+    return torch.cat([z, fast.sin(), fast.cos()], -1)
 
 
 class _Activations(dict[str, Callable[[], nn.Module]]):
