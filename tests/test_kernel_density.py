@@ -300,6 +300,60 @@ def test_leave_one_out_bandwidth_is_the_best_of_a_grid():
     assert score(kde.bandwidth) >= score(best) - 1e-6
 
 
+def grouped(groups=40, within=6):
+    """Rows of persons: a person's place, and little noise around it."""
+    place = normal(groups, 2).repeat_interleave(within, 0)
+    return place + 0.05 * normal(len(place), 2, seed=1), torch.arange(groups).repeat_interleave(within)
+
+
+def test_leaving_out_a_group_is_leaving_out_its_points():
+    x, group = grouped(7, 3)
+    weights = normal(len(x), seed=2).square() + 0.1
+    kde = KernelDensity((2,), bandwidth=0.4, adaptive="nearest")
+    kde.fit({"x": x, "weights": weights, "group": 10 * group}, precision="float64")
+    asked = 10 * group.clone()
+    asked[4] = -1
+    left = kde.log_prob({"x": x, "group": asked}).value
+    centres, scale = x, 0.4 * kde.local
+    log_kernel = -0.5 * ((x[:, None] - centres) / scale[:, None]).square().sum(-1) - 2 * scale.log() - math.log(2 * math.pi)
+    for n in range(len(x)):
+        keep = 10 * group != asked[n]
+        share = weights[keep] / weights[keep].sum()
+        assert float(left[n]) == pytest.approx(float((log_kernel[n, keep] + share.log()).logsumexp(0)), abs=1e-9)
+
+
+def test_groups_widen_the_bandwidth_to_what_suits_new_groups():
+    x, group = grouped()
+    kde = KernelDensity((2,), covariance="spherical")
+    kde.fit({"x": x, "group": group}, **QUIET, precision="float64")
+
+    def by_folds(h):  # every group held out in turn
+        log_kernel = -0.5 * torch.cdist(x, x).square() / h**2 - 2 * math.log(h) - math.log(2 * math.pi)
+        others = group[:, None] != group
+        return float((log_kernel.masked_fill(~others, -math.inf).logsumexp(1) - others.sum(1).log()).sum())
+
+    grid = torch.logspace(-2, 0.5, 200).tolist()
+    best = max(grid, key=by_folds)
+    assert float(kde.bandwidth) == pytest.approx(best, rel=0.03)
+    assert by_folds(float(kde.bandwidth)) >= by_folds(best) - 1e-6
+    alone = KernelDensity((2,), covariance="spherical")
+    alone.fit(x, **QUIET, precision="float64")
+    assert float(alone.bandwidth) < 0.2 * float(kde.bandwidth)
+
+
+def test_duplicates_of_one_group_are_left_out_together():
+    x = normal(30, 2).repeat(2, 1)
+    with pytest.raises(ValueError, match="exact duplicate"):
+        KernelDensity((2,)).fit(x, **QUIET)
+    kde = KernelDensity((2,))
+    kde.fit({"x": x, "group": torch.arange(30).repeat(2)}, **QUIET, precision="float64")
+    once = KernelDensity((2,))
+    once.fit(x[:30], **QUIET, precision="float64")
+    torch.testing.assert_close(kde.bandwidth, once.bandwidth, rtol=0.02, atol=0)
+    with pytest.raises(ValueError, match="exact duplicate"):  # of different groups
+        KernelDensity((2,)).fit({"x": x, "group": torch.arange(60)}, **QUIET)
+
+
 def test_a_feature_without_information_gets_a_wide_bandwidth():
     x = torch.stack([torch.where(normal(400) > 0, 3.0, -3.0) + 0.2 * normal(400, seed=1), normal(400, seed=2)], 1)
     kde = KernelDensity((2,))
@@ -469,6 +523,18 @@ BAD = {
     "constant": (lambda: KernelDensity((2,)).fit(normal(9, 2) * torch.tensor([1.0, 0.0])), r"constant in column 1.*drop it"),
     "nan": (lambda: KernelDensity((2,)).fit(torch.full((3, 2), math.nan)), r"data row 0, column 0 is nan"),
     "empty": (lambda: KernelDensity((2,)).fit(torch.zeros(0, 2)), r"`data` has no rows"),
+    "one_group": (
+        lambda: KernelDensity((2,)).fit({"x": normal(4, 2), "group": torch.full((4,), 3)}),
+        r"`data` has one group, 3, and nothing is left without it; give two or more",
+    ),
+    "broken_group": (
+        lambda: KernelDensity((2,)).fit({"x": normal(4, 2), "group": torch.rand(4)}),
+        r"`group` should be whole numbers, one a datum, shape \(N,\)",
+    ),
+    "unknown_group": (
+        lambda: fitted().log_prob({"x": normal(1, 2), "group": torch.tensor([99])}),
+        r"`group` has 99, which no point has; groups are those of the fit, and -1 leaves none out",
+    ),
     "one": (lambda: KernelDensity((2,)).fit(torch.zeros(1, 2)), r"has 1 datum"),
     "unseen": (
         lambda: KernelDensity((4,), columns=MIXED).fit(mixed() + torch.tensor([0.0, 1.0, 0.0, 0.0])),

@@ -89,6 +89,7 @@ class KernelMixture(dist.TorchDistribution):
         weights: Non-negative weights of the points, ``(N,)``; equal if None.
         local: Factor :math:`\lambda_i` of each point's scale, ``(N,)``; 1 if None.
         without: Number of the point that each datum leaves out, ``(B,)``; -1 for none.
+        labels: Label of each point, ``(N,)``, not negative; ``without`` then names the label whose points are all left out.
         given: Values of the *first* columns that each datum is conditioned on, ``(B, m)``.
         event_shape: Shape of one datum; its numbers are the columns that are not given.
 
@@ -113,9 +114,11 @@ class KernelMixture(dist.TorchDistribution):
         weights: Tensor | None = None,
         local: Tensor | None = None,
         without: Tensor | None = None,
+        labels: Tensor | None = None,
         given: Tensor | None = None,
         event_shape: Sequence[int] | None = None,
     ) -> None:
+        self.labels = labels
         self.points, self.kernel, self.scale, self.smoothing = points, kernel, scale, smoothing
         self.columns = tuple(columns) or (CONTINUOUS,) * points.shape[1]
         self.weights, self.local, self.without, self.given = weights, local, without, given
@@ -281,21 +284,25 @@ class _Sum:
 
     def _mask(self, block: Tensor, rows: slice, start: int) -> Tensor:
         """-inf where a datum leaves a point out."""
-        without = self.mixture.without
+        without, labels = self.mixture.without, self.mixture.labels
         if without is None:
             return block
-        numbers = torch.arange(start, start + block.shape[1], device=block.device)
+        part = slice(start, start + block.shape[1])
+        numbers = torch.arange(part.start, part.stop, device=block.device) if labels is None else labels[part]
         return block.masked_fill(without[rows, None] == numbers, -math.inf)
 
     def _left(self, rows: slice) -> Tensor | float:
-        """log of the share of the weight that remains where a point is left out."""
+        """log of the share of the weight that remains where points are left out."""
         m = self.mixture
         if m.without is None:
             return 0.0
         out = m.without[rows]
         weights = m.points.new_ones(len(m.points)).double() if m.weights is None else m.weights.double()
-        share = torch.where(out >= 0, weights[out.clamp(min=0)], 0.0) / weights.sum()
-        return torch.log1p(-share)
+        if m.labels is None:
+            left_out = weights[out.clamp(min=0)]
+        else:
+            left_out = ((out[:, None] == m.labels) * weights).sum(1)
+        return torch.log1p(-torch.where(out >= 0, left_out, 0.0) / weights.sum())
 
     # -- sums ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ r"""The kernel density estimate: one kernel at each training datum.
 
 .. math:: \sum_n \log \sum_{i \ne n} \frac{w_i}{1 - w_n} K_h(x_n - x_i),
 
-by its gradient, with queries in minibatches and all points in every sum. Rules of thumb and given bandwidths take no steps.
+by its gradient, with queries in minibatches and all points in every sum. Data of groups that are alike within, such as several
+rows of one person, leave out the whole group. Rules of thumb and given bandwidths take no steps.
 
 Silverman (1986), Density Estimation for Statistics and Data Analysis, sections 3.4 and 4.3; Duin (1976), IEEE Transactions on
 Computers 25:1175 (leave one out); Abramson (1982), Annals of Statistics 10:1217; Breiman, Meisel, Purcell (1977), Technometrics
@@ -59,6 +60,9 @@ class KernelDensity(GenerativeModel):
     they have the Gaussian's variance.
 
     ``fit({"x": x, "weights": w})`` weighs the points; ``log_prob({"x": x, "row": n})`` leaves point n out (-1: none).
+    ``fit({"x": x, "group": g})`` with whole numbers g leaves out, for each datum, all points of its group. Where rows of one
+    group are more alike than rows of two (persons, days, exact duplicates too) and new data are new groups, leaving out one
+    row alone takes too narrow a bandwidth. ``log_prob({"x": x, "group": g})`` leaves out group g (-1: none).
 
     Args:
         event_shape: Shape of one datum.
@@ -90,11 +94,12 @@ class KernelDensity(GenerativeModel):
     """
 
     family = "kernel_density"
-    also = ("weights", "row")
+    also = ("weights", "row", "group")
     unit_rows = 4096
     default_steps = 150
     points: Tensor
     weights: Tensor
+    groups: Tensor
     local: Tensor
 
     def __init__(
@@ -129,6 +134,7 @@ class KernelDensity(GenerativeModel):
             self.log_odds = nn.Parameter(torch.zeros(len(self.columns) - len(self.real)))
         self.register_buffer("points", torch.zeros(count, len(self.columns)))
         self.register_buffer("weights", torch.ones(count))
+        self.register_buffer("groups", torch.arange(count))
         if adaptive:
             self.register_buffer("local", torch.ones(count))
         if given is not None:
@@ -159,24 +165,36 @@ class KernelDensity(GenerativeModel):
     # -- the program --------------------------------------------------------------------------------------------------
 
     def model(
-        self, x: Tensor | None = None, context: Tensor | None = None, weights: Tensor | None = None, row: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        context: Tensor | None = None,
+        weights: Tensor | None = None,
+        row: Tensor | None = None,
+        group: Tensor | None = None,
     ) -> Tensor:
-        """p(x), without the point ``row`` where that is given; a datum's own weight scales its term."""
+        """p(x), without the point ``row`` or the ``group`` where one is given; a datum's own weight scales its term."""
         scale = 1.0 if weights is None else weights / self.weights.mean()
         with self.plate(x, context), pyro.poutine.scale(scale=scale):
-            return pyro.sample("x", self.distribution(context, row), obs=x)
+            return pyro.sample("x", self.distribution(context, row, group), obs=x)
 
     def guide(
-        self, x: Tensor | None = None, context: Tensor | None = None, weights: Tensor | None = None, row: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        context: Tensor | None = None,
+        weights: Tensor | None = None,
+        row: Tensor | None = None,
+        group: Tensor | None = None,
     ) -> None:
         """Nothing is latent."""
 
-    def distribution(self, context: Tensor | None = None, row: Tensor | None = None) -> KernelMixture:
+    def distribution(
+        self, context: Tensor | None = None, row: Tensor | None = None, group: Tensor | None = None
+    ) -> KernelMixture:
         """The mixture; given a context for each datum, of x given it."""
         return KernelMixture(
             self.points, kernel=self.kernel, scale=self._scale(), columns=self.columns, smoothing=self.smoothing,
-            weights=self.weights, local=self.local if self.adaptive else None, without=row, given=context,
-            event_shape=self.event_shape,
+            weights=self.weights, local=self.local if self.adaptive else None, without=row if group is None else group,
+            labels=None if group is None else self.groups, given=context, event_shape=self.event_shape,
         )  # fmt: skip
 
     @property
@@ -212,7 +230,7 @@ class KernelDensity(GenerativeModel):
         of training is asked for, climbs the leave-one-out likelihood from there.
 
         Args:
-            data: x ``(N, *event_shape)``, or ``{"x": x, "weights": w, "context": c}``. All of it is kept in memory.
+            data: x ``(N, *event_shape)``, or ``{"x": x, "weights": w, "group": g, "context": c}``. All of it is kept in memory.
             **options: Those of every ``fit``: ``validation``, ``steps`` (default 150), ``batch_size`` (queries a step),
                 ``optimizer``, ``seed``, ``precision`` ...
         """
@@ -225,7 +243,8 @@ class KernelDensity(GenerativeModel):
             raise ValueError("`validation` is a share of the data, and leave-one-out holds out each in turn; leave it out")
         rows = len(as_batch(given["x"])) if "x" in given else 0
         self.primed = False
-        return super().fit({**given, "row": torch.arange(rows)}, **options)
+        left_out = {} if given.get("group") is not None else {"row": torch.arange(rows)}
+        return super().fit({**given, **left_out}, **options)
 
     def solve(self, batch: dict[str, Tensor]) -> str:
         """The points and a bandwidth that needs no steps."""
@@ -270,6 +289,9 @@ class KernelDensity(GenerativeModel):
             raise ValueError(f"`data` has {len(x)} datum; a kernel density needs two or more")
         self.points = (torch.cat([batch["context"], x], 1) if self.context_dim else x).detach().clone()
         self.weights = batch["weights"].to(x) if "weights" in batch else x.new_ones(len(x))
+        self.groups = batch["group"].detach().clone() if "group" in batch else torch.arange(len(x), device=x.device)
+        if int(self.groups.min()) == int(self.groups.max()):
+            raise ValueError(f"`data` has one group, {int(self.groups[0])}, and nothing is left without it; give two or more")
         effective = float(self.weights.double().sum().square() / self.weights.double().square().sum())
         if self.real:
             self._set_scale(self._by_rule(effective) if self.given is None else self.given.to(x.device))
@@ -339,8 +361,10 @@ class KernelDensity(GenerativeModel):
         """Say that duplicated points drive a leave-one-out bandwidth to zero."""
         if self.floor or not self.real:
             return
-        x = self.points[:, self.real].double()
-        share = float(_duplicated(x).double().mean())
+        x = torch.cat([self.points[:, self.real].double(), self.groups[:, None].double()], 1)
+        if len(self.groups.unique()) < len(x):
+            x = x.unique(dim=0)  # a duplicate within its own group is left out with it
+        share = float(_duplicated(x[:, :-1]).double().mean())
         if not share:
             return
         text = (
@@ -438,8 +462,17 @@ class KernelDensity(GenerativeModel):
 
     def _measure(self, batch: Batch) -> Measure:
         self._refuse_empty()
-        self._check_left_out(cast(dict[str, Tensor], batch).get("row"))
+        asked = cast(dict[str, Tensor], batch)
+        self._check_left_out(asked.get("row"))
+        self._check_group(asked.get("group"))
         return super()._measure(batch)
+
+    def _check_group(self, group: Tensor | None) -> None:
+        bad = torch.zeros(0) if group is None else group[(group >= 0) & ~torch.isin(group, self.groups)]
+        if len(bad):
+            raise ValueError(
+                f"`group` has {int(bad[0])}, which no point has; groups are those of the fit, and -1 leaves none out"
+            )
 
     def _check_left_out(self, row: Tensor | None) -> None:
         bad = torch.zeros(0) if row is None else row[(row < -1) | (row >= len(self.points))]
@@ -462,6 +495,8 @@ class KernelDensity(GenerativeModel):
             found["weights"] = weights.double() if not weights.is_floating_point() else weights
         if "row" in found and (found["row"].dim() != 1 or found["row"].is_floating_point()):
             raise ValueError("`row` should be the integer number of the point that each datum leaves out, -1 for none")
+        if "group" in found and (found["group"].dim() != 1 or found["group"].is_floating_point()):
+            raise ValueError("`group` should be whole numbers, one a datum, shape (N,): the group that it is of")
         return found
 
     def save(self, path: str | Path) -> None:
