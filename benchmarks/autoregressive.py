@@ -50,10 +50,9 @@ def scored(model, x, most=None):
 # --- digits ---------------------------------------------------------------------------------------------------------------
 
 
-def digits(seeds):
+def digits(seeds, rows):
     """Binarised at 8, split A; the reference figures are those of plain torch on the same split."""
     x = pgen.data.digits(binarize=True, split="random")
-    rows = []
     recipes = {
         "MADE, one order, 2 x 512, dropout .5": (lambda s: MADE((8, 8), (512, 512), dropout=0.5, seed=s), {"epochs": 300}),
         "MADE, mixture of 16 orders, 3 x 512 residual, dropout .3": (
@@ -62,17 +61,23 @@ def digits(seeds):
         "PixelCNN, 5 x 64, dropout .5": (lambda s: PixelCNN((8, 8), 64, dropout=0.5, seed=s), {"epochs": 100}),
     }  # fmt: skip
     published = {"MADE, one": "-17.67", "MADE, mix": "-16.73", "PixelCNN": ""}
-    for name, (make, options) in recipes.items():
-        for seed in range(seeds):
-            model = make(seed)
-            seconds, _ = fitted(model, x.train, x.validation, seed=seed, **options)
-            beside = next(v for k, v in published.items() if name.startswith(k))
-            row = {"model": name, "seed": seed, "cpu": seconds, "beside": beside, **scored(model, x.test)}
-            rows.append({**row, "validation": model.log_prob(x.validation, progress=False).mean})
-            yield rows
+    for name, seed in missing(recipes, seeds, rows):
+        make, options = recipes[name]
+        model = make(seed)
+        seconds, _ = fitted(model, x.train, x.validation, seed=seed, **options)
+        beside = next(v for k, v in published.items() if name.startswith(k))
+        row = {"model": name, "seed": seed, "cpu": seconds, "beside": beside, **scored(model, x.test)}
+        rows.append({**row, "validation": model.log_prob(x.validation, progress=False).mean})
+        yield rows
 
 
-def grey(seeds):
+def missing(recipes, seeds, rows):
+    """Names and seeds that have no row yet, seed by seed."""
+    found = {(row["model"], row["seed"]) for row in rows}
+    return [(name, seed) for seed in range(seeds) for name in recipes if (name, seed) not in found]
+
+
+def grey(seeds, rows):
     """17 levels, split in file order."""
     x = pgen.data.digits(integers=True)
     train, validation, test = (getattr(x, part).float() for part in ("train", "validation", "test"))
@@ -87,14 +92,12 @@ def grey(seeds):
             (8, 8), 48, dropout=0.5, likelihood="categorical", num_classes=17, seed=s
         ),
     }
-    rows = []
-    for name, make in recipes.items():
-        for seed in range(seeds):
-            model = make(seed)
-            seconds, _ = fitted(model, train, validation, seed=seed, epochs=100)
-            row = {"model": name, "seed": seed, "cpu": seconds, "beside": "86.08 to 86.37", **scored(model, test)}
-            rows.append({**row, "validation": model.log_prob(validation, progress=False).mean})
-            yield rows
+    for name, seed in missing(recipes, seeds, rows):
+        model = recipes[name](seed)
+        seconds, _ = fitted(model, train, validation, seed=seed, epochs=100)
+        row = {"model": name, "seed": seed, "cpu": seconds, "beside": "86.08 to 86.37", **scored(model, test)}
+        rows.append({**row, "validation": model.log_prob(validation, progress=False).mean})
+        yield rows
 
 
 # --- binary density sets --------------------------------------------------------------------------------------------------
@@ -419,9 +422,13 @@ def main():
     torch.set_num_threads(1)
     found = json.loads(given.keep.read_text()) if given.keep.exists() else {}
     runs = {
-        "steps": steps, "sampling": sampling, "digits": lambda: digits(given.seeds), "sets": lambda: sets(given.seeds),
-        "grey": lambda: grey(given.seeds), "pictures": lambda: pictures(given.minutes, found.get("pictures", [])),
-    }  # fmt: skip
+        "steps": steps,
+        "sampling": sampling,
+        "digits": lambda: digits(given.seeds, found.get("digits", [])),
+        "sets": lambda: sets(given.seeds),
+        "grey": lambda: grey(given.seeds, found.get("grey", [])),
+        "pictures": lambda: pictures(given.minutes, found.get("pictures", [])),
+    }
     settings = (
         f"{date.today()}, Python {platform.python_version()}, torch {version('torch')}, one thread of {platform.machine()}"
     )
