@@ -86,7 +86,8 @@ class Training:
         deterministic: With ``compile="auto"``, settle the tier before the first step, so that runs agree to the bit; on
             several processes, add gradients in one order, so that runs on any number of them agree to the bit too.
         clip_norm: Largest Euclidean norm of the gradient.
-        ema: Decay of an exponential moving average of the parameters, which the model holds after training.
+        ema: Decay of an exponential moving average of the parameters, which the model holds after training. It rises to this
+            value, min(ema, (1 + t) / (10 + t)) at step t, so that the average of a short fit is not that of its start.
         schedule: Of the learning rate; see ``training.schedule.multiplier``.
         early_stopping: Validations without a better bound before stopping; the best parameters are restored. None means 20
             where there are validation data, 0 never stops early.
@@ -417,7 +418,7 @@ class _Loop:
         return torch.stack(whole) if whole else torch.empty(0, self.batch_size, dtype=torch.int64)
 
     def scalars(self, start: int, count: int) -> Tensor:
-        """What depends on the step alone, ``(count, scalars)``: each player's, then the scheduled ones."""
+        """What depends on the step alone, ``(count, scalars)``: each player's, the scheduled ones, the average's."""
         steps = np.arange(start, start + count)
         columns = []
         for number, _, before in self.step.turns:
@@ -427,6 +428,7 @@ class _Loop:
             columns.append(lr[:, None] if player.external else player.optimizer.scalars(taken, lr))
         for schedule in self.schedules.values():
             columns.append(np.array([[float(schedule(int(t), self.total))] for t in steps]))
+        columns.append(self.step.averaging(steps))
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.training.dtype).to(self.device)
 
     def watch(self) -> Average | None:

@@ -91,7 +91,7 @@ class Step:
         leaves: The data, resident on the device.
         scheduled: How many scheduled scalars the losses take.
         clip_norm: Largest norm of the gradient; None for no clipping.
-        ema: Decay of the moving average of parameters; None for none.
+        ema: Decay of the moving average of parameters, which it rises to; None for none.
     """
 
     def __init__(
@@ -133,8 +133,9 @@ class Step:
 
     def split_scalars(self, s: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """A step's scalars, split into each move's and the scheduled ones (None where there are none)."""
-        parts = list(torch.split(s, [self.players[i].num_scalars for i, *_ in self.turns] + [self.scheduled]))
-        return parts[:-1], parts[-1] if self.scheduled else None
+        sizes = [self.players[i].num_scalars for i, *_ in self.turns]
+        *parts, scheduled, _ = torch.split(s, [*sizes, self.scheduled, len(s) - sum(sizes) - self.scheduled])
+        return parts, scheduled if self.scheduled else None
 
     def share(self, index: Tensor | None, turn: int) -> Tensor | None:
         """The rows of a step that a move takes; None for all rows in order."""
@@ -172,13 +173,23 @@ class Step:
         summary = self._summary(results)
         if self.ema:
             ahead = torch._foreach_sub(self.values, self.ema)
-            torch._foreach_mul_(ahead, self._ema_weight(summary[2]))
+            torch._foreach_mul_(ahead, self._ema_weight(summary[2], s))
             torch._foreach_add_(self.ema, ahead)
         return summary
 
-    def _ema_weight(self, skip: Tensor) -> Tensor:
-        """How far the average moves towards the parameters; nowhere where the step is skipped."""
-        return (~skip).to(self.values[0].dtype) * (1 - self.ema_decay)  # type: ignore[operator]
+    def _ema_weight(self, skip: Tensor, s: Tensor) -> Tensor:
+        """How far the average moves towards the parameters, the last of the scalars; nowhere where the step is skipped."""
+        return (~skip).to(self.values[0].dtype) * s[-1]
+
+    def averaging(self, steps: np.ndarray) -> np.ndarray:
+        r"""How far the average moves in steps t = 0, 1, ..., ``(steps, 1)``; no columns without an average.
+
+        One less the decay, which rises to the one asked for, as :math:`\min(d, (1 + t) / (10 + t))`: the average forgets where
+        training began within a tenth of the steps that there have been.
+        """
+        if self.ema_decay is None:
+            return np.zeros((len(steps), 0))
+        return (1 - np.minimum(self.ema_decay, (1 + steps) / (10 + steps)))[:, None]
 
     def _restore(self, before: list[Tensor], skip: Tensor) -> None:
         """Give buffers their values back where the step is skipped."""
@@ -221,7 +232,7 @@ class Step:
             self._restore(before, skip)
             results.append([loss, norm, skip, *metrics])
         summary = self._summary(results)
-        ema = [e + self._ema_weight(summary[2]) * (p - e) for e, p in zip(self.ema, params)]
+        ema = [e + self._ema_weight(summary[2], s) * (p - e) for e, p in zip(self.ema, params)]
         moments = [t for state in states for part in state for t in part]
         for into, value in zip(self.mutable(), [*params, *moments, *ema]):
             into.copy_(value)
