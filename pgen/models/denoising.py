@@ -3,7 +3,8 @@ r"""What diffusion models and flow matching share: a network that sees noisy dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,8 @@ class DenoisingModel(GenerativeModel):
     shift: Tensor
     scale: Tensor
     network: nn.Module
+    _sampling: Any
+    """How the program draws samples."""
 
     def __init__(
         self,
@@ -233,6 +236,15 @@ class DenoisingModel(GenerativeModel):
         kind: Kind = "lower_bound" if bound else "exact" if exact else "estimate"
         value = values.mean(0) + (0.0 if change is None else change.double())
         return Score(value, kind, self._event_size(batch), error, None if count == 1 else count, self._measure(batch))
+
+    @contextmanager
+    def _drawing(self, sampling: Any) -> Iterator[None]:
+        """While the program draws as ``sampling`` says."""
+        before, self._sampling = self._sampling, sampling
+        try:
+            yield
+        finally:
+            self._sampling = before
 
     draw, posterior, encode, reconstruct, likelihood_regret, bdmc = (
         _unavailable(question) for question in ("draw", "posterior", "encode", "reconstruct", "likelihood_regret", "bdmc")

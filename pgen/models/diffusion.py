@@ -22,8 +22,7 @@ Variational diffusion models, arXiv:2107.00630.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -261,14 +260,6 @@ class Diffusion(DenoisingModel):
         """
         with self._drawing(_Sampling(solver, steps, self._check_guidance(guidance))):
             return super().sample(n, context, seed=seed, compile=compile, progress=progress)
-
-    @contextmanager
-    def _drawing(self, sampling: _Sampling) -> Iterator[None]:
-        before, self._sampling = self._sampling, sampling
-        try:
-            yield
-        finally:
-            self._sampling = before
 
     def _draw(self, rows: int, context: Tensor | None) -> Tensor:
         """z_0 of ``rows`` data."""

@@ -15,8 +15,7 @@ Lipman, Chen, Ben-Hamu, Nickel, Le (2023), Flow matching for generative modeling
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,14 +159,6 @@ class FlowMatching(DenoisingModel):
         """
         with self._drawing(_Sampling(solver, steps, self._check_guidance(guidance))):
             return super().sample(n, context, seed=seed, compile=compile, progress=progress)
-
-    @contextmanager
-    def _drawing(self, sampling: _Sampling) -> Iterator[None]:
-        before, self._sampling = self._sampling, sampling
-        try:
-            yield
-        finally:
-            self._sampling = before
 
     def _draw(self, rows: int, context: Tensor | None) -> Tensor:
         z = torch.randn(rows, *self.event_shape, device=self.scale.device, dtype=self.scale.dtype)
