@@ -348,7 +348,7 @@ class Standardised(nn.Module, Observation):
     .. math:: p(x) = \prod_d p_0\Big(\frac{x_d - m_d}{s_d}\Big) \Big/ s_d
 
     with mean m and standard deviation s of the training data, one for each number of a position. What a network sees are
-    standard units, and so are its outputs.
+    standard units, and so are its outputs and the least standard deviation, 0.001.
     """
 
     support = constraints.real
