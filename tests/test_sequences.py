@@ -1,13 +1,17 @@
 """Families of sequences: causal, exact, with lengths, prefixes and completions."""
 
+import contextlib
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 import pgen
+from pgen.base import GenerativeModel
 from pgen.data import mu_law, mu_law_inverse, pad, windows
-from pgen.distributions import stepping
+from pgen.distributions import Autoregressive, Bernoulli, stepping
 from pgen.evaluation.steps import Steps
 from pgen.models import CausalTransformer, WaveNet
 from pgen.programs import isolated
@@ -452,6 +456,49 @@ def test_replicates_are_drawn_in_one_batched_run_and_follow_their_own_datum(make
     assert len(found[:, 0].unique(dim=0)) > 20
     assert torch.equal(found, model.predict(data, 300, seed=1, compile="graph", progress=False)["x"])
     assert not torch.equal(found, model.predict(data, 300, seed=2, progress=False)["x"])
+
+
+class Echo(torch.nn.Module):
+    """Every symbol says whether the context is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(1e4))
+
+    def start(self, batch, context):
+        return [context.clone()]
+
+    def step(self, state, t, previous):
+        return self.gain * state[0], state
+
+
+class Latent(GenerativeModel):
+    """z ~ N(0, 1), one for each datum or one for all, and four symbols that say its sign."""
+
+    stepwise = True
+
+    def __init__(self, shared):
+        super().__init__((4,))
+        self.shared, self.network = shared, Echo()
+
+    def guide(self, x=None, context=None):
+        with contextlib.nullcontext() if self.shared else self.plate(x, context):
+            return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def model(self, x=None, context=None):
+        z = self.guide(x, context) if self.shared else None
+        with self.plate(x, context):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0)) if z is None else z.expand(len(x))
+            fn = Autoregressive(self.network, Bernoulli(()), (4,), context=z.unsqueeze(-1))
+            return pyro.sample("x", fn, obs=x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_replicates_have_latents_of_their_own_and_share_those_that_data_share(shared):
+    found = Latent(shared).predict(torch.zeros(5, 4), 40, seed=3, progress=False)["x"]
+    assert found.shape == (40, 5, 4) and torch.equal(found, found[..., :1].expand_as(found))
+    assert len(found[:, 0, 0].unique()) == 2
+    assert bool((found == found[:, :1]).all()) is shared
 
 
 # --- data -------------------------------------------------------------------------------------------------------------------
