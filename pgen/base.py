@@ -1079,7 +1079,11 @@ class GenerativeModel(_Questions, PyroModule):
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
-        where = None if context is None and not self.context_dim else self._like(self._context(context, n))
+        where = {} if context is None and not self.context_dim else {"context": self._like(self._context(context, n))}
+        return self._sampled(int(n), where, seed, compile, progress)
+
+    def _sampled(self, n: int, where: dict[str, Tensor], seed: Seed, compile: str, progress: bool) -> Tensor:
+        """Draws of x given the arguments ``where``, checked."""
 
         def generated(batch: Batch, count: int) -> Tensor:
             with PlateSize(count):
@@ -1087,11 +1091,11 @@ class GenerativeModel(_Questions, PyroModule):
 
         with isolated(self.home), _evaluating(self), torch.no_grad(), self._stepping(compile, progress):
             options = self._asked(seed, "eager" if self.stepwise else compile, progress)
-            if where is None:
+            if not where:
                 device = next(self.parameters()).device
-                x = many(generated, {"context": None}, int(n), SAMPLE_ROWS, name="sample", device=device, **options)
+                x = many(generated, {"context": None}, n, SAMPLE_ROWS, name="sample", device=device, **options)
             else:
-                x = by_rows(lambda b: generated(b, batch_length(b)), {"context": where}, SAMPLE_ROWS, name="sample", **options)
+                x = by_rows(lambda b: generated(b, batch_length(b)), where, SAMPLE_ROWS, name="sample", **options)
         return x if self.preprocess is None else self.preprocess.inverse(x)
 
     def _event_size(self, batch: dict[str, Tensor]) -> float:
@@ -1308,11 +1312,13 @@ class GenerativeModel(_Questions, PyroModule):
         """Replicated data x_rep ~ p(x | z), z ~ q(z | x): ``{"x": (S, N, *event_shape)}`` in the units of the data."""
         check_positive("num_samples", num_samples)
         batch = self._batch("data", data, context)
-        options = self._asked(seed, compile, progress)
-        with isolated(self.home), _evaluating(self), torch.no_grad():
+        options = self._asked(seed, "eager" if self.stepwise else compile, progress)
+        with isolated(self.home), _evaluating(self), torch.no_grad(), self._stepping(compile, progress):
             with keyed_rng(key(options["seed"], "prepare"), _device(batch)):
-                prepared = self.prepare(batch)
-            out = draw_predictive(*self.programs(), prepared, int(num_samples), **options)
+                prepared = cast(dict[str, Any], self.prepare(batch))
+                latents = run_program(self.guide, take(prepared, slice(0, 1))) if self.stepwise else {}
+            beside = self.stepwise and all(term.local for term in latents.values())
+            out = draw_predictive(*self.programs(), prepared, int(num_samples), beside=beside, **options)
         if self.preprocess is not None:
             shape = out["x"].shape
             out["x"] = self.preprocess.inverse(out["x"].reshape(-1, *shape[2:])).reshape(shape)

@@ -26,7 +26,10 @@ __all__ = ["Autoregressive", "CausalNetwork", "StepFunction", "run_eagerly", "st
 
 
 class CausalNetwork(Protocol):
-    """What ``Autoregressive`` asks of a network; positions are t = 0, ..., T - 1 in the order of generation."""
+    """What ``Autoregressive`` asks of a network; positions are t = 0, ..., T - 1 in the order of generation.
+
+    A network with a local condition takes it, ``(B, rows, local_dim)``, after the context.
+    """
 
     def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Outputs of all positions, ``(B, T, outputs)``, from x, ``(B, T, *element)``; those at t see x before t alone."""
@@ -77,6 +80,8 @@ class Autoregressive(TorchDistribution):
         observation: From outputs to the distribution of what is at one position.
         event_shape: Shape of x; ``(T, *observation.event_shape)``, or any other with ``order``.
         context: ``(*batch, context_dim)``, or None.
+        local: What positions are conditioned on, ``(*batch, rows, local_dim)``, or None; which row is read at which position
+            is the network's to say.
         lengths: How many positions of each datum count, ``(*batch,)``: those behind have no density, and are 0 in samples.
         order: Which numbers of x, in row-major order, are at each position, ``(T, numbers of an element)``.
 
@@ -100,17 +105,18 @@ class Autoregressive(TorchDistribution):
         event_shape: Sequence[int],
         *,
         context: Tensor | None = None,
+        local: Tensor | None = None,
         lengths: Tensor | None = None,
         order: Tensor | None = None,
         batch_shape: Sequence[int] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.network, self.observation, self.order = network, observation, order
-        self.context, self.lengths = context, lengths
+        self.context, self.local, self.lengths = context, local, lengths
         self.element = tuple(observation.event_shape)
         if batch_shape is None:
-            batch_shape = () if context is None else context.shape[:-1]
-            batch_shape = batch_shape if lengths is None else torch.broadcast_shapes(batch_shape, lengths.shape)
+            given = ((context, 1), (local, 2), (lengths, 0))
+            batch_shape = torch.broadcast_shapes(*(t.shape[: t.dim() - axes] for t, axes in given if t is not None))
         self.positions = math.prod(event_shape) // math.prod(self.element)
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=validate_args)
 
@@ -123,11 +129,12 @@ class Autoregressive(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """The same distribution for more data."""
         shape = torch.Size(batch_shape)
-        context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
+        context = None if self.context is None else self.context.expand(*shape, -1)
+        local = None if self.local is None else self.local.expand(*shape, -1, -1)
         lengths = None if self.lengths is None else self.lengths.expand(shape)
         return Autoregressive(
             self.network, self.observation, self.event_shape,
-            context=context, lengths=lengths, order=self.order, batch_shape=shape, validate_args=False,
+            context=context, local=local, lengths=lengths, order=self.order, batch_shape=shape, validate_args=False,
         )  # fmt: skip
 
     # -- between x and its positions -----------------------------------------------------------------------------------
@@ -147,17 +154,17 @@ class Autoregressive(TorchDistribution):
             flat = flat[..., self.order.reshape(-1).argsort()]
         return flat.reshape(*batch, *self.event_shape)
 
-    def _context(self, shape: torch.Size) -> Tensor | None:
-        """One context for each of the data, in rows."""
-        if self.context is None:
-            return None
-        return self.context.expand(*shape, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
+    def _told(self, shape: torch.Size) -> list[Tensor | None]:
+        """What the network is told of each of the data, in rows: the context, and the local condition where there is one."""
+        context, local = self.context, self.local
+        context = None if context is None else context.expand(*shape, -1).reshape(-1, context.shape[-1])
+        return [context] if local is None else [context, local.expand(*shape, -1, -1).reshape(-1, *local.shape[-2:])]
 
     # -- density -------------------------------------------------------------------------------------------------------
 
     def _factors(self, sequence: Tensor, shape: torch.Size) -> TorchDistribution:
         """p(x_t | x_<t) of all positions of rows ``(B, t, *element)``, batch shape ``(B, t)``."""
-        outputs = self.network(sequence, self._context(shape))
+        outputs = self.network(sequence, *self._told(shape))
         return self.observation.at(outputs, torch.arange(sequence.shape[1], device=sequence.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ class Autoregressive(TorchDistribution):
     def next(self, prefix: Tensor) -> TorchDistribution:
         """The distribution of the next position after ``prefix``, ``(B, t, *element)`` with t < T: one pass of the network."""
         padded = torch.cat([prefix, torch.zeros_like(prefix[:, :1]) if prefix.shape[1] else _nothing(prefix)], 1)
-        outputs = self.network(self._floating(padded), self._context(torch.Size([len(prefix)])))
+        outputs = self.network(self._floating(padded), *self._told(torch.Size([len(prefix)])))
         t = torch.tensor(prefix.shape[1], device=prefix.device)
         return self.observation.at(outputs[:, -1], t)
 
@@ -233,8 +240,8 @@ class Autoregressive(TorchDistribution):
         count, size = len(x), num_particles
         rows = self._sequence(x).reshape(count, self.positions, *self.element).repeat_interleave(size, 0)
         kept = self._sequence(observed).reshape(count, self.positions, -1).all(-1).repeat_interleave(size, 0)
-        where = self._context(torch.Size([count]))
-        state = self.network.start(count * size, None if where is None else where.repeat_interleave(size, 0))
+        told = [None if t is None else t.repeat_interleave(size, 0) for t in self._told(torch.Size([count]))]
+        state = self.network.start(count * size, *told)
         found, weight = rows.clone(), rows.new_zeros(count, size)
         previous = torch.zeros_like(rows[:, 0])
         for i, t in enumerate(torch.arange(self.positions, device=x.device)):
@@ -253,7 +260,7 @@ class Autoregressive(TorchDistribution):
     def _drawn(self, shape: torch.Size, given: Tensor | None, observed: Tensor | None) -> Tensor:
         rows, T = math.prod(shape), self.positions
         with torch.no_grad():
-            state = self.network.start(rows, self._context(shape))
+            state = self.network.start(rows, *self._told(shape))
             reference = self._reference()
             state = [reference.new_zeros((rows, *self.element)), *state]
             if given is None or observed is None:

@@ -13,7 +13,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..contracts import Batch, Draws
 from ..data.batches import key
@@ -28,6 +28,8 @@ UNIT_NUMBERS = 1_000_000
 """Numbers of the data, times draws, in a unit: about what a processor's cache holds; part of what keys the noise."""
 UNIT_DRAWS = 1000
 """Most draws of a unit."""
+BESIDE_ROWS = 1024
+"""Most rows of a unit whose draws lie beside one another, unless the data are more."""
 
 
 def many(
@@ -139,6 +141,7 @@ def draw_predictive(
     num_samples: int,
     *,
     local: Collection[str] = (),
+    beside: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Draws of the observed sites at draws of the latents from the guide, ``(S, *shape)``; inside ``isolated``.
@@ -149,13 +152,20 @@ def draw_predictive(
         batch: Their arguments.
         num_samples: How many.
         local: Latents that are drawn from the model instead of the guide.
+        beside: Draw a datum's replicates as further rows of the batch: for programs that cannot be vectorized, where all that
+            is drawn lies in the data plate.
         **options: ``seed``, ``held``, ``compile``, ``progress``, as in ``many``.
     """
+    rows = batch_length(batch)
 
     def replicated(batch: Batch, count: int) -> dict[str, Tensor]:
-        return vectorize(lambda: _replicate(model, guide, batch, local), count)
+        if not beside:
+            return vectorize(lambda: _replicate(model, guide, batch, local), count)
+        whole = tree_map_only(Tensor, lambda t: t.repeat(count, *[1] * (t.dim() - 1)), batch)
+        return {name: x.unflatten(0, (count, rows)) for name, x in _replicate(model, guide, whole, local).items()}
 
-    return many(replicated, batch, num_samples, _most(batch), name="predict", **options)
+    most = max(1, BESIDE_ROWS // rows) if beside else _most(batch)
+    return many(replicated, batch, num_samples, most, name="predict", **options)
 
 
 def _replicate(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, local: Collection[str]) -> dict[str, Tensor]:
