@@ -1008,6 +1008,13 @@ class GenerativeModel(_Questions, PyroModule):
         check_finite(context, "context")
         return context.expand(length, -1)
 
+    def _where(self, context: Any, rows: int | None = None) -> Tensor | None:
+        """The context checked, one row for each of ``rows`` (None: as many as there are); nothing where there is none."""
+        if context is None and not self.context_dim:
+            return None
+        rows = (1 if context is None else len(context)) if rows is None else rows
+        return self._like(self._context(context, rows))
+
     def _like(self, x: Tensor) -> Tensor:
         reference = next(self.parameters())
         return x.to(reference.device, reference.dtype)
@@ -1079,7 +1086,7 @@ class GenerativeModel(_Questions, PyroModule):
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
-        where = None if context is None and not self.context_dim else self._like(self._context(context, n))
+        where = self._where(context, int(n))
 
         def generated(batch: Batch, count: int) -> Tensor:
             with PlateSize(count):

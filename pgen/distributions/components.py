@@ -142,11 +142,14 @@ class Components(nn.Module):
 
 
 def pick(values: Tensor, z: Tensor, axis: int) -> Tensor:
-    """``values`` at the number ``z`` of each row along ``axis``, which is 0 where all rows share the values."""
+    """``values`` at the number ``z`` of each row along ``axis``, which is 0 where all rows share the values.
+
+    Axes of ``values`` before it are those of ``z`` from the right; ``z`` may have more of them in front.
+    """
     if axis == 0:
         return values[z]
     index = z.reshape(*z.shape, *(1,) * (values.dim() - axis)).expand(*z.shape, 1, *values.shape[axis + 1 :])
-    return values.expand(*z.shape, *values.shape[axis:]).gather(axis, index).squeeze(axis)
+    return values.expand(*z.shape, *values.shape[axis:]).gather(z.dim(), index).squeeze(z.dim())
 
 
 class GaussianComponents(Components):
@@ -612,7 +615,7 @@ class OfComponents(dist.TorchDistribution):
     Args:
         weights: Probabilities of the components, ``(*batch, K)``.
         components: What they are.
-        arrays: Their arrays, without axes of a batch.
+        arrays: Their arrays; with the axes of the batch where each row has its own.
     """
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}

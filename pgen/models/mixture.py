@@ -93,12 +93,7 @@ class _Mixture(GenerativeModel):
     def weights(self, context: Any = None) -> Tensor:
         r"""Weights :math:`\pi`, ``(K,)``; with a context ``(N, K)``."""
         with torch.no_grad():
-            return self.parts(self._conditions(context))[0].softmax(-1)
-
-    def _conditions(self, context: Any) -> Tensor | None:
-        if context is None and not self.context_dim:
-            return None
-        return self._like(self._context(context, len(context) if context is not None else 1))
+            return self.parts(self._where(context))[0].softmax(-1)
 
     def _without_latents(self, question: str) -> NotAvailable:
         return NotAvailable(
@@ -317,13 +312,13 @@ class GaussianMixture(_VectorMixture):
     def means(self, context: Any = None) -> Tensor:
         r"""Means :math:`\mu`, ``(K, *event_shape)``, of preprocessed data; with a context ``(N, K, *event_shape)``."""
         with torch.no_grad():
-            arrays = self.arrays(self._conditions(context))
+            arrays = self.arrays(self._where(context))
             return cast(GaussianComponents, self.components).means(arrays).unflatten(-1, self.event_shape)
 
     def covariances(self, context: Any = None) -> Tensor:
         r"""Covariances of the D numbers, ``(K, D, D)``, of preprocessed data; with a context ``(N, K, D, D)``."""
         with torch.no_grad():
-            return cast(GaussianComponents, self.components).covariances(self.arrays(self._conditions(context)))
+            return cast(GaussianComponents, self.components).covariances(self.arrays(self._where(context)))
 
 
 class Mixture(_VectorMixture):

@@ -183,9 +183,6 @@ class SequenceModel(GenerativeModel):
             )
         return given
 
-    def _where(self, context: Any, rows: int) -> Tensor | None:
-        return None if context is None and not self.context_dim else self._like(self._context(context, rows))
-
 
 def share(name: str, value: float) -> float:
     """A share in [0, 1), checked."""
