@@ -709,9 +709,11 @@ class GenerativeModel(_Questions, PyroModule):
         accepted = inspect.signature(cls).parameters
         if given.get("columns") is not None:
             return found
-        whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
-        top = max(int(x.max()), 1) + 1 if whole else 0
         discrete = "likelihood" in accepted or "num_classes" in accepted
+        there = x[~torch.isnan(x)] if discrete and "observed" in cls.also else x
+        there = there if len(there) else x
+        whole = bool((there == there.round()).all()) and 0 <= float(there.min()) and float(there.max()) <= 255
+        top = max(int(there.max()), 1) + 1 if whole else 0
         likelihood = given.get("likelihood", ("bernoulli" if top == 2 else "categorical") if whole else cls.real_likelihood)
         if "likelihood" in accepted:
             found["likelihood"] = likelihood
