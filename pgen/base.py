@@ -709,9 +709,11 @@ class GenerativeModel(_Questions, PyroModule):
         accepted = inspect.signature(cls).parameters
         if given.get("columns") is not None:
             return found
-        whole = bool((x == x.round()).all()) and 0 <= float(x.min()) and float(x.max()) <= 255
-        top = max(int(x.max()), 1) + 1 if whole else 0
         discrete = "likelihood" in accepted or "num_classes" in accepted
+        there = x[~torch.isnan(x)] if discrete and "observed" in cls.also else x
+        there = there if len(there) else x
+        whole = bool((there == there.round()).all()) and 0 <= float(there.min()) and float(there.max()) <= 255
+        top = max(int(there.max()), 1) + 1 if whole else 0
         likelihood = given.get("likelihood", ("bernoulli" if top == 2 else "categorical") if whole else cls.real_likelihood)
         if "likelihood" in accepted:
             found["likelihood"] = likelihood
@@ -1008,6 +1010,13 @@ class GenerativeModel(_Questions, PyroModule):
         check_finite(context, "context")
         return context.expand(length, -1)
 
+    def _where(self, context: Any, rows: int | None = None) -> Tensor | None:
+        """The context checked, one row for each of ``rows`` (None: as many as there are); nothing where there is none."""
+        if context is None and not self.context_dim:
+            return None
+        rows = (1 if context is None else len(context)) if rows is None else rows
+        return self._like(self._context(context, rows))
+
     def _like(self, x: Tensor) -> Tensor:
         reference = next(self.parameters())
         return x.to(reference.device, reference.dtype)
@@ -1079,8 +1088,8 @@ class GenerativeModel(_Questions, PyroModule):
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
-        where = {} if context is None and not self.context_dim else {"context": self._like(self._context(context, n))}
-        return self._sampled(int(n), where, seed, compile, progress)
+        told = self._where(context, int(n))
+        return self._sampled(int(n), {} if told is None else {"context": told}, seed, compile, progress)
 
     def _sampled(self, n: int, where: dict[str, Tensor], seed: Seed, compile: str, progress: bool) -> Tensor:
         """Draws of x given the arguments ``where``, checked."""

@@ -371,6 +371,8 @@ def _check_takes(name: str, table: Table) -> None:
             f"{name} takes numbers alone, and {_listed(texts)} categories: choose {_either(takes)}, or leave such columns "
             f"out with --without"
         )
+    if empty := next((column for column, count in table.missing.items() if count == len(table.x)), None):
+        raise ValueError(f"column {empty!r} is missing in all {len(table.x)} rows; leave it out with --without")
     if table.missing and "observed" not in families[name].also:
         takes = [family for family in sorted(families) if "observed" in families[family].also]
         (column, count), *others = table.missing.items()

@@ -380,6 +380,12 @@ CASES: dict[str, Case] = {
     "hidden_markov_gaussian": exact(
         lambda seed: models.HiddenMarkov(EVENT, 2, "gaussian", covariance="full", seed=seed), _REALS
     ),
+    "hidden_markov_context": exact(
+        lambda seed: models.HiddenMarkov(EVENT, 3, "bernoulli", context_dim=CONTEXT, hidden=(4,), seed=seed),
+        _BITS,
+        _CONTEXT,
+        values=2,
+    ),
     "mixture_mixed": exact(
         lambda seed: models.Mixture(EVENT, 2, columns=["binary", ("categorical", 2)] * 3, seed=seed),
         _BITS,

@@ -57,6 +57,11 @@ def paths(model, x, length=None):
     return torch.stack(scores, 1), torch.tensor(every)
 
 
+def given():
+    """A chain with a context."""
+    return chain(context_dim=2).float()
+
+
 KINDS = pytest.mark.parametrize(("likelihood", "frame"), [("categorical", ()), ("gaussian", (2,)), ("bernoulli", (3,))])
 
 
@@ -235,6 +240,164 @@ def test_padded_sequences_and_tiers_agree():
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+# --- contexts ------------------------------------------------------------------------------------------------------------
+
+CONTEXT = 2
+
+
+def conditioned(likelihood="categorical", frame=(), n=6, **options):
+    """A chain whose network matters, contexts, and for each context the chain without one that has its arrays."""
+    model = chain(likelihood, frame, context_dim=CONTEXT, hidden=(7,), **options)
+    for parameter in model.arrays.network.parameters():  # of order one
+        parameter.data.div_(2)
+    context = seeded(lambda: torch.randn(n, CONTEXT, dtype=torch.float64))
+    arrays = {name: value.detach() for name, value in model.arrays(context).items()}
+    alone = [chain(likelihood, frame, **options) for _ in range(n)]
+    for row, one in enumerate(alone):
+        one.arrays.set({name: value[row] for name, value in arrays.items()})
+    return model, context, alone
+
+
+@KINDS
+def test_each_context_has_a_sum_over_all_paths_of_its_own(likelihood, frame):
+    model, context, alone = conditioned(likelihood, frame)
+    x = model.sample(6, context, seed=1).double()
+    score, states, best = model.log_prob(x, context), model.states(x, context=context), model.viterbi(x, context=context)
+    assert score.kind == "exact"
+    for row, one in enumerate(alone):
+        scores, every = paths(one, x[row : row + 1])
+        assert float(score.value[row]) == pytest.approx(float(torch.logsumexp(scores, 1)), abs=1e-10)
+        marginals = torch.stack([(scores.softmax(1)[0, :, None] * (every == k)).sum(0) for k in range(STATES)], -1)
+        torch.testing.assert_close(states[row], marginals)
+        assert torch.equal(best[row], every[scores.argmax()])
+    assert not torch.allclose(score.value, model.log_prob(x, context[:1]).value)
+    assert model.initial(context).shape == (6, STATES) and model.transition(context).shape == (6, STATES, STATES)
+    torch.testing.assert_close(model.transition(context)[4], alone[4].transition())
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "options"),
+    [
+        ("gaussian", {"covariance": "full"}),
+        ("gaussian", {"covariance": "tied"}),
+        ("gaussian", {"covariance": "spherical"}),
+        (None, {"columns": ["continuous", "binary", ("categorical", 3), "continuous"]}),
+    ],
+)
+def test_each_context_has_the_chain_of_its_arrays(likelihood, options):
+    model, context, alone = conditioned(likelihood, (4,), **options)
+    x, lengths = model.sample(6, context, seed=1).double(), torch.tensor([5, 1, 2, 5, 4, 3])
+    found = model.log_prob({"x": x, "lengths": lengths, "context": context}).value
+    states, best = model.states(x, lengths, context), model.viterbi(x, lengths, context)
+    after = model.next(x[:, :2], context)
+    density = after.log_prob(x[:, 2])
+    for row, one in enumerate(alone):
+        given = {"x": x[row : row + 1], "lengths": lengths[row : row + 1]}
+        torch.testing.assert_close(found[row : row + 1], one.log_prob(given).value)
+        torch.testing.assert_close(states[row : row + 1], one.states(*given.values()))
+        assert torch.equal(best[row : row + 1], one.viterbi(*given.values()))
+        torch.testing.assert_close(density[row], one.next(x[row : row + 1, :2]).log_prob(x[row : row + 1, 2])[0])
+    with torch.random.fork_rng(devices=[]):
+        assert after.sample((3,)).shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_the_next_symbol_depends_on_the_context(likelihood):
+    model, context, alone = conditioned(likelihood)
+    prefix = model.sample(6, context, seed=1).double()[:, :3]
+    for start in (prefix, prefix[:, :0]):
+        found = model.next(start, context).probs
+        torch.testing.assert_close(found, torch.cat([one.next(s[None]).probs for one, s in zip(alone, start)]))
+    torch.testing.assert_close(model.next(prefix, context[:1]).probs[0], model.next(prefix[:1], context[:1]).probs[0])
+
+
+def test_samples_under_each_context_are_those_of_its_density():
+    from pyro.distributions.testing.gof import multinomial_goodness_of_fit
+
+    model = HiddenMarkov((3,), 2, num_classes=2, context_dim=CONTEXT, hidden=(4,), seed=3).double()
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    context = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3))).double()
+    x = model.sample(20_000, context.repeat(10_000, 1), seed=5).double()
+    probs = [model.log_prob(every, c[None]).value.exp() for c in context]
+    assert float((probs[0] - probs[1]).abs().max()) > 0.1
+    for row in range(2):
+        counts = torch.bincount((x[row::2] @ torch.tensor([4.0, 2.0, 1.0]).double()).long(), minlength=8)
+        assert multinomial_goodness_of_fit(probs[row], counts, total_count=10_000) > 1e-4  # the share of right models that fail
+
+
+def test_two_contexts_get_their_transitions_back():
+    moves = torch.tensor([[[0.95, 0.05], [0.1, 0.9]], [[0.1, 0.9], [0.7, 0.3]]])
+    classes, truths = torch.arange(1000) % 2, []
+    x = torch.zeros(1000, 8)
+    for k in range(2):
+        truth = HiddenMarkov((8,), 2, num_classes=3)
+        truth.place([0.5, 0.5], moves[k])
+        truth.arrays.set({"logits": torch.tensor([[[0.98, 0.01, 0.01]], [[0.01, 0.01, 0.98]]]).log()})
+        x[classes == k] = truth.sample(500, seed=k).float()
+        truths.append(truth)
+    classifier = pgen.models.GenerativeClassifier(HiddenMarkov((8,), 2, num_classes=3, context_dim=2))
+    classifier.fit(x, classes, steps=150, compile="graph", progress=False)
+    model, each = classifier.models[0], torch.eye(2)
+    symbols = model.arrays(each)["logits"].detach()[:, :, 0].softmax(-1)
+    for k in range(2):
+        order = symbols[k, :, 0].argsort(descending=True)  # the state that says 0 comes first
+        # Shares of some 500 * 7 / 2 moves have standard errors of at most 0.011; symbols all but show the states.
+        torch.testing.assert_close(model.transition(each)[k][order][:, order], moves[k], rtol=0, atol=0.045)
+    test = torch.cat([truth.sample(500, seed=7 + k) for k, truth in enumerate(truths)])
+    scores = torch.stack([truth.log_prob(test).value for truth in truths], 1)
+    own = torch.arange(1000) // 500
+    found, best = ((guess == own).double().mean() for guess in (classifier.predict(test), scores.argmax(1)))
+    assert float(found) > float(best) - 0.01 > 0.9
+
+
+def test_a_fit_with_a_context_starts_at_the_chain_without_one():
+    x = torch.bernoulli(torch.full((40, 6, 3), 0.5))
+    plain, model = (HiddenMarkov((6, 3), 3, "bernoulli", context_dim=dim) for dim in (0, 1))
+    for each, given in ((plain, {}), (model, {"context": torch.ones(40, 1)})):
+        each.fit(x, **given, steps=1, optimizer=1e-12, progress=False)
+    for name in plain.arrays.shapes:
+        torch.testing.assert_close(getattr(model.arrays, name), getattr(plain.arrays, name))
+    ahead = model.log_prob(x, context=torch.ones(40, 1)).mean - plain.log_prob(x).mean
+    assert abs(ahead) < 0.5  # nats a sequence of 18 bits
+
+
+def test_smoothing_adds_its_counts_under_every_context():
+    model, context, alone = conditioned(num_classes=3)
+    x = model.sample(6, context, seed=1).double()
+    for each in (model, *alone):
+        each.smoothing, each.components.smoothing = 2.0, 2.0
+        each.num_data.fill_(6)
+        each.components.num_data.fill_(6 * LENGTH)
+    arrays = {name: value.detach().requires_grad_() for name, value in model.arrays(context).items()}
+    chains = model._chain(arrays["initial"], arrays["transition"])
+    symbols = {"logits": arrays["logits"]}
+    fn = pgen.distributions.markov.HiddenMarkovChain(*chains, model.components, symbols, (LENGTH,))
+    fn.log_prob(x).sum().backward()
+    for row, one in enumerate(alone):
+        one.distribution().log_prob(x[row : row + 1]).sum().backward()
+        for name in ("initial", "transition", "logits"):
+            torch.testing.assert_close(arrays[name].grad[row], getattr(one.arrays, name).grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, at import
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")
+def test_tiers_agree_with_a_context(tmp_path):
+    batch = pad([torch.bernoulli(torch.full((n, 3), 0.5)) for n in (4, 6, 2, 5)])
+    context, found = seeded(lambda: torch.randn(4, CONTEXT)), []
+    for tier in ("eager", "graph", "compiled"):
+        model = HiddenMarkov((6, 3), 3, "bernoulli", context_dim=CONTEXT, hidden=(5,))
+        model.fit({**batch, "context": context}, steps=4, compile=tier, progress=False)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "chain.pgen")
+    again = pgen.load(tmp_path / "chain.pgen")
+    assert again.settings() == model.settings()
+    assert torch.equal(again.states(**batch, context=context), model.states(**batch, context=context))
+
+
 def test_questions_about_latents_point_to_states():
     with pytest.raises(pgen.NotAvailable, match=r"its states are summed out; ask for states\(x\), viterbi\(x\)"):
         chain().float().posterior(torch.zeros(1, LENGTH))
@@ -250,6 +413,14 @@ def test_questions_about_latents_point_to_states():
         (lambda m: HiddenMarkov((5,), 3), "`num_classes` is missing"),
         (lambda m: HiddenMarkov((5,), 0, num_classes=2), "`num_states` should be a positive integer"),
         (lambda m: m.fit({"x": torch.zeros(2, 5), "length": torch.ones(2)}), "has 'length', which HiddenMarkov does not take"),
+        (lambda m: m.states(torch.zeros(2, 5), context=torch.zeros(2, 1)), "this model was made without context"),
+        (lambda m: given().log_prob(torch.zeros(2, 5)), r"made with context_dim=2; give `context`, shape \(N, 2\)"),
+        (lambda m: given().sample(2), "give `context`"),
+        (lambda m: given().transition(), "give `context`"),
+        (lambda m: given().next(torch.zeros(2, 1)), "give `context`"),
+        (lambda m: given().viterbi(torch.zeros(2, 5), None, torch.zeros(2, 3)), r"should have shape \(N, 2\), got \(2, 3\)"),
+        (lambda m: given().next(torch.zeros(2, 1), torch.zeros(3, 2)), "`context` has 3 rows for 2 data"),
+        (lambda m: HiddenMarkov((5,), 3, num_classes=2, context_dim=-1), "`context_dim` should be 0"),
     ],
 )
 def test_bad_arguments_are_one_line(ask, message):

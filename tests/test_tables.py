@@ -135,6 +135,24 @@ def test_missing_entries_go_to_families_that_know_them(capsys, penguins):
     assert answer(capsys, "score", "run", penguins)[0]["num_data"] == 60
 
 
+def test_text_and_missing_entries_go_together_in_a_mixture(capsys, penguins):
+    options = ["--set", "num_components=2", "--steps", 20]
+    got, _ = answer(capsys, "fit", penguins, "--model", "mixture", *options)
+    assert got["data"]["train"] + got["data"]["validation"] == 60 and "samples.png" in got["files"] and not got["not_drawn"]
+    scored, said = answer(capsys, "score", "run", penguins)
+    assert scored["num_data"] == 60 and "left out" not in said
+    model, record = runs.open_run(Path("run"), None)
+    assert scored["mean"] == pytest.approx(model.log_prob(runs.batch("t.csv", record)).mean)
+    answer(capsys, "sample", "run", "-n", 30, "--out", "s.csv")
+    assert {row[2] for row in list(csv.reader(Path("s.csv").read_text().splitlines()))[1:]} == {"FEMALE", "MALE"}
+    Path("new.csv").write_text("species,mass,sex,tag\n,,,\nAdelie,,,\n")
+    assert answer(capsys, "score", "run", "new.csv", code=0)[0]["num_data"] == 2
+    Path("never.csv").write_text("a,b\n" + "".join(f"{i},\n" for i in range(60)))
+    for family in ("mixture", "gaussian"):
+        assert cli.run(["fit", "never.csv", "--model", family, "--overwrite"]) == 2
+        assert "column 'b' is missing in all 60 rows; leave it out with --without" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

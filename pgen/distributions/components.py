@@ -7,6 +7,9 @@ themselves belong to ``Arrays``: learned, or given by a network of the context.
 Two regularisers keep likelihoods bounded. They act on *gradients alone*, so values are those of the density: ``floor`` moves
 each maximum where EM with :math:`\Sigma_k = S_k + \epsilon \operatorname{diag}(s^2)` would be (scikit-learn's
 ``reg_covar``), and ``smoothing`` adds that many counts to each category (Laplace).
+
+Where the numbers are independent given the component, some may be missing: ``observed`` says which are there, and a factor that
+is left out is one that is integrated (or summed) to one.
 """
 
 from __future__ import annotations
@@ -100,12 +103,13 @@ class Components(nn.Module):
         super().__init__()
         self.count, self.size = count, size
 
-    def start(self, x: Tensor, weight: Tensor) -> Values:
+    def start(self, x: Tensor, weight: Tensor, observed: Tensor | None = None) -> Values:
         """Arrays at the smoothed maximum of the likelihood.
 
         Args:
             x: Data ``(N, D)``, float64.
             weight: How much of each datum belongs to each component, ``(N, K)``, float64.
+            observed: False where an entry is missing, ``(N, D)``; none is by default.
         """
         raise NotImplementedError
 
@@ -114,12 +118,16 @@ class Components(nn.Module):
         if isinstance(known := getattr(self, "num_data", None), Tensor):
             known.fill_(num_data)
 
-    def features(self, x: Tensor) -> Tensor:
-        """What k-means clusters data ``(N, D)`` by, ``(N, features)``: numbers of comparable size."""
+    def features(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """What k-means clusters ``(N, D)`` by, ``(N, features)``: numbers of comparable size, a mean where one is missing."""
         raise NotImplementedError
 
-    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
-        """Log-density of each datum ``(*batch, D)`` in each component, ``(*batch, K)``, in nats."""
+    def log_prob(self, x: Tensor, arrays: Values, observed: Tensor | None = None) -> Tensor:
+        """Log-density of what is observed of each datum ``(*batch, D)`` in each component, ``(*batch, K)``, in nats."""
+        raise NotImplementedError
+
+    def centre_of(self, arrays: Values, weights: Tensor) -> Tensor:
+        """Of the components mixed by ``weights`` (N, K): means, and most probable values of bits and categories, ``(N, D)``."""
         raise NotImplementedError
 
     def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
@@ -142,11 +150,14 @@ class Components(nn.Module):
 
 
 def pick(values: Tensor, z: Tensor, axis: int) -> Tensor:
-    """``values`` at the number ``z`` of each row along ``axis``, which is 0 where all rows share the values."""
+    """``values`` at the number ``z`` of each row along ``axis``, which is 0 where all rows share the values.
+
+    Axes of ``values`` before it are those of ``z`` from the right; ``z`` may have more of them in front.
+    """
     if axis == 0:
         return values[z]
     index = z.reshape(*z.shape, *(1,) * (values.dim() - axis)).expand(*z.shape, 1, *values.shape[axis + 1 :])
-    return values.expand(*z.shape, *values.shape[axis:]).gather(axis, index).squeeze(axis)
+    return values.expand(*z.shape, *values.shape[axis:]).gather(z.dim(), index).squeeze(z.dim())
 
 
 class GaussianComponents(Components):
@@ -201,12 +212,17 @@ class GaussianComponents(Components):
 
     # -- where it starts ----------------------------------------------------------------------------------------------
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """Standardised numbers."""
-        return standardised(x)
+        if observed is None:
+            return standardised(x)
+        mean, variance = _moments(x, observed)
+        return torch.where(observed, (x - mean) / variance.sqrt().clamp(min=1e-12), 0.0)
 
-    def start(self, x: Tensor, weight: Tensor) -> Values:
+    def start(self, x: Tensor, weight: Tensor, observed: Tensor | None = None) -> Values:
         """Means and covariances of each component's data, to which one datum of the covariance of all data is added."""
+        if observed is not None:
+            return self._start_of(x, weight, observed)
         unit = x.var(0, correction=0)
         _check_varies(x, unit)
         self.unit.copy_(unit)
@@ -224,6 +240,22 @@ class GaussianComponents(Components):
             if self.covariance == "spherical":
                 covariances = covariances.mean(-1, keepdim=True)
         return self.place(means, covariances)
+
+    def _start_of(self, x: Tensor, weight: Tensor, observed: Tensor) -> Values:
+        """The same of what is observed, number by number."""
+        self._check_independent()
+        mean, unit = _moments(x, observed)
+        _check_varies(torch.where(observed, x, mean), unit)
+        self.unit.copy_(unit)
+        total = weight.T @ observed.to(weight) + 1e-9
+        y = torch.where(observed, x - mean, 0.0)
+        shift = weight.T @ y / total  # 0 where a component has seen nothing of a number
+        scatter = (weight.T @ y.square() - total * shift.square()).clamp(min=0)
+        return self.place(mean + shift, (scatter + unit) / (total + 1))
+
+    def _check_independent(self) -> None:
+        if self.covariance != "diagonal":
+            raise ValueError(f"entries may be missing where covariance='diagonal', got {self.covariance!r}")
 
     @torch.no_grad()
     def place(self, means: Tensor, covariances: Tensor) -> Values:
@@ -287,8 +319,10 @@ class GaussianComponents(Components):
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
-    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+    def log_prob(self, x: Tensor, arrays: Values, observed: Tensor | None = None) -> Tensor:
         """Log-densities, ``(*batch, K)``."""
+        if observed is not None:
+            return self._log_prob_of(x, arrays, observed)
         if self.rank is not None:
             fn = self.distribution(arrays)
             precision = fn.precision_matrix.diagonal(dim1=-2, dim2=-1)  # type: ignore[attr-defined]
@@ -301,6 +335,17 @@ class GaussianComponents(Components):
             precision = roots.expand(means.shape).square()
             square, log_det = _weighted_squares(x, means, precision), 0.5 * precision.log().sum(-1)
         return log_det - 0.5 * (square + self.size * math.log(2 * math.pi)) - self._penalty(precision)
+
+    def _log_prob_of(self, x: Tensor, arrays: Values, observed: Tensor) -> Tensor:
+        """Log-densities of what is observed."""
+        self._check_independent()
+        means, precision = self.means(arrays), self.roots(arrays).square()
+        each = 0.5 * precision.log() - 0.5 * math.log(2 * math.pi) - gradient_alone(0.5 * self.floor * precision * self.unit)
+        return _over(observed, each) - 0.5 * _weighted_squares(x, means, precision, observed)
+
+    def centre_of(self, arrays: Values, weights: Tensor) -> Tensor:
+        """Means of the mixtures, ``(N, D)``."""
+        return (weights[..., None] * self.means(arrays)).sum(-2)
 
     def _penalty(self, precision: Tensor) -> Tensor:
         r""":math:`\tfrac{1}{2} \epsilon \sum_d s_d^2 (\Sigma_k^{-1})_{dd}` in gradients, zero as a value."""
@@ -338,14 +383,30 @@ def _squares(x: Tensor, means: Tensor, roots: Tensor) -> Tensor:
     return (y - (roots @ means[..., None])[..., 0]).square().sum(-1)
 
 
-def _weighted_squares(x: Tensor, means: Tensor, weights: Tensor) -> Tensor:
+def _weighted_squares(x: Tensor, means: Tensor, weights: Tensor, observed: Tensor | None = None) -> Tensor:
     r""":math:`\sum_d w_{kd} (x_d - \mu_{kd})^2`, ``(*batch, K)``; by matrix products in float64, as squares cancel."""
     if means.dim() > 2:
-        return (weights * (x[..., None, :] - means).square()).sum(-1)
+        squares = weights * (x[..., None, :] - means).square()
+        return (squares if observed is None else torch.where(observed[..., None, :], squares, 0.0)).sum(-1)
     middle = means.mean(0)
     y, m, w = (x - middle).double(), (means - middle).double(), weights.double()
-    found = y.square() @ w.mT - 2 * (y @ (w * m).mT) + (w * m.square()).sum(-1)
+    y = y if observed is None else torch.where(observed, y, 0.0)
+    own = w * m.square()
+    found = y.square() @ w.mT - 2 * (y @ (w * m).mT) + (own.sum(-1) if observed is None else observed.double() @ own.mT)
     return found.clamp(min=0).to(x.dtype)
+
+
+def _over(observed: Tensor, each: Tensor) -> Tensor:
+    """The sum of ``each`` (K, D), or (N, K, D), over the numbers of each datum that are observed (N, D): ``(N, K)``."""
+    seen = observed.to(each.dtype)
+    return seen @ each.mT if each.dim() == 2 else (each * seen[..., None, :]).sum(-1)
+
+
+def _moments(x: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what is observed of each number, ``(D,)``."""
+    count = observed.sum(0).clamp(min=1)
+    mean = torch.where(observed, x, 0.0).sum(0) / count
+    return mean, torch.where(observed, x - mean, 0.0).square().sum(0) / count
 
 
 def standardised(x: Tensor) -> Tensor:
@@ -381,23 +442,32 @@ class BernoulliComponents(Components):
         self.smoothing, self.shapes = smoothing, {"logits": (count, size)}
         self.register_buffer("num_data", torch.ones(()))
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """The bits."""
-        return x
+        return x if observed is None else torch.where(observed, x, _moments(x, observed)[0])
 
-    def start(self, x: Tensor, weight: Tensor) -> Values:
+    def start(self, x: Tensor, weight: Tensor, observed: Tensor | None = None) -> Values:
         """Log odds of the smoothed frequencies."""
         self.num_data.fill_(len(x))
-        ones, total = weight.T @ x, weight.sum(0)[:, None]
+        if observed is None:
+            ones, total = weight.T @ x, weight.sum(0)[:, None]
+        else:
+            ones, total = weight.T @ torch.where(observed, x, 0.0), weight.T @ observed.to(weight)
         counts = max(self.smoothing, 1e-2)
         return {"logits": torch.logit((ones + counts) / (total + 2 * counts))}
 
-    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+    def log_prob(self, x: Tensor, arrays: Values, observed: Tensor | None = None) -> Tensor:
         """Log-masses, ``(*batch, K)``."""
         logits = arrays["logits"]
+        x = x if observed is None else torch.where(observed, x, 0.0)
         inside = (logits * x[..., None, :]).sum(-1) if logits.dim() > 2 else x @ logits.mT
         prior = self.smoothing / self.num_data * (logsigmoid(logits) + logsigmoid(-logits)).sum((-2, -1))
-        return inside - softplus(logits).sum(-1) + gradient_alone(prior)[..., None]
+        total = softplus(logits).sum(-1) if observed is None else _over(observed, softplus(logits))
+        return inside - total + gradient_alone(prior)[..., None]
+
+    def centre_of(self, arrays: Values, weights: Tensor) -> Tensor:
+        """The most probable bits, ``(N, D)``."""
+        return ((weights[..., None] * arrays["logits"].sigmoid()).sum(-2) > 0.5).to(weights)
 
     def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
         """Log odds."""
@@ -430,22 +500,34 @@ class CategoricalComponents(Components):
     def _one_hot(self, x: Tensor, like: Tensor) -> Tensor:
         return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(like.dtype)
 
-    def features(self, x: Tensor) -> Tensor:
-        """One-hot categories."""
-        return self._one_hot(x, x).flatten(1)
+    def _seen(self, x: Tensor, like: Tensor, observed: Tensor | None) -> Tensor:
+        """One-hot categories side by side, ``(*batch, D C)``; zero where missing."""
+        hot = self._one_hot(x, like)
+        return (hot if observed is None else torch.where(observed[..., None], hot, 0.0)).flatten(-2)
 
-    def start(self, x: Tensor, weight: Tensor) -> Values:
+    def features(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """One-hot categories."""
+        if observed is None:
+            return self._seen(x, x, None)
+        hot = self._one_hot(x, x)
+        return torch.where(observed[..., None], hot, _moments(hot, observed[..., None])[0]).flatten(1)
+
+    def start(self, x: Tensor, weight: Tensor, observed: Tensor | None = None) -> Values:
         """Logarithms of the smoothed frequencies."""
         self.num_data.fill_(len(x))
-        counts = (weight.T @ self._one_hot(x, weight).flatten(1)).unflatten(-1, (self.size, -1)) + max(self.smoothing, 1e-2)
+        counts = (weight.T @ self._seen(x, weight, observed)).unflatten(-1, (self.size, -1)) + max(self.smoothing, 1e-2)
         return {"logits": (counts / counts.sum(-1, keepdim=True)).log()}
 
-    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+    def log_prob(self, x: Tensor, arrays: Values, observed: Tensor | None = None) -> Tensor:
         """Log-masses, ``(*batch, K)``."""
         table = arrays["logits"].log_softmax(-1).flatten(-2)  # (*, K, D C)
-        seen = self._one_hot(x, table).flatten(-2)  # (*, D C)
+        seen = self._seen(x, table, observed)  # (*, D C)
         inside = (table * seen[..., None, :]).sum(-1) if table.dim() > 2 else seen @ table.mT
         return inside + gradient_alone(self.smoothing / self.num_data * table.sum((-2, -1)))[..., None]
+
+    def centre_of(self, arrays: Values, weights: Tensor) -> Tensor:
+        """The most probable categories, ``(N, D)``."""
+        return (weights[..., None, None] * arrays["logits"].softmax(-1)).sum(-3).argmax(-1).to(weights)
 
     def parameters_of(self, arrays: Values) -> tuple[Tensor, ...]:
         """Logits."""
@@ -475,38 +557,49 @@ class Columns(Components):
         self.register_buffer("back", torch.tensor(sorted(range(len(order)), key=order.__getitem__)), persistent=False)
         self.support = _Each([part.support for part in parts], columns)
 
+    def _kinds(self) -> list[tuple[Any, Tensor]]:
+        """Components of each kind and their columns."""
+        return [(part, getattr(self, f"columns_{i}")) for i, part in enumerate(self.parts)]
+
     def _each(self, arrays: Values) -> list[tuple[Any, Tensor, Values]]:
         """Components, their columns, their arrays."""
-        return [
-            (part, getattr(self, f"columns_{i}"), {name: arrays[f"{name}_{i}"] for name in part.shapes})  # type: ignore[union-attr]
-            for i, part in enumerate(self.parts)
-        ]
+        kinds = enumerate(self._kinds())
+        return [(part, columns, {name: arrays[f"{name}_{i}"] for name in part.shapes}) for i, (part, columns) in kinds]
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """Of each kind, side by side."""
-        parts = [part.features(x[:, getattr(self, f"columns_{i}")]) for i, part in enumerate(self.parts)]  # type: ignore[operator]
-        return torch.cat(parts, 1)
+        return torch.cat([part.features(x[:, columns], _at(observed, columns)) for part, columns in self._kinds()], 1)
 
-    def start(self, x: Tensor, weight: Tensor) -> Values:
+    def start(self, x: Tensor, weight: Tensor, observed: Tensor | None = None) -> Values:
         """Each kind by itself."""
-        started = [(i, p.start(x[:, getattr(self, f"columns_{i}")], weight)) for i, p in enumerate(self.parts)]  # type: ignore[operator]
-        return {f"{name}_{i}": value for i, values in started for name, value in values.items()}
+        started = [part.start(x[:, columns], weight, _at(observed, columns)) for part, columns in self._kinds()]
+        return {f"{name}_{i}": value for i, values in enumerate(started) for name, value in values.items()}
 
     def share_smoothing(self, num_data: int) -> None:
         """Each kind by itself."""
         for part in self.parts:
             part.share_smoothing(num_data)  # type: ignore[operator]
 
-    def log_prob(self, x: Tensor, arrays: Values) -> Tensor:
+    def log_prob(self, x: Tensor, arrays: Values, observed: Tensor | None = None) -> Tensor:
         """Log-densities, ``(*batch, K)``."""
-        parts = [part.log_prob(x[..., columns], values) for part, columns, values in self._each(arrays)]
+        each = self._each(arrays)
+        parts = [part.log_prob(x[..., columns], values, _at(observed, columns)) for part, columns, values in each]
         return sum(parts[1:], parts[0])
+
+    def centre_of(self, arrays: Values, weights: Tensor) -> Tensor:
+        """Each kind by itself."""
+        return torch.cat([part.centre_of(values, weights) for part, _, values in self._each(arrays)], -1)[..., self.back]
 
     def sample(self, arrays: Values, z: Tensor) -> Tensor:
         """One draw from the component numbered ``z`` of each row."""
         drawn = [part.sample(values, z) for part, _, values in self._each(arrays)]
         dtype = next(iter(arrays.values())).dtype
         return torch.cat([d.to(dtype) for d in drawn], -1)[..., self.back]
+
+
+def _at(observed: Tensor | None, columns: Tensor) -> Tensor | None:
+    """What is observed of some of the numbers."""
+    return None if observed is None else observed[..., columns]
 
 
 class _Each(Constraint):
@@ -612,7 +705,7 @@ class OfComponents(dist.TorchDistribution):
     Args:
         weights: Probabilities of the components, ``(*batch, K)``.
         components: What they are.
-        arrays: Their arrays, without axes of a batch.
+        arrays: Their arrays; with the axes of the batch where each row has its own.
     """
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}

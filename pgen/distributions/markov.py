@@ -4,7 +4,8 @@ r"""Sequences from a hidden Markov chain, and the exact recursions over its stat
 
 The sum over :math:`K^T` paths is T products of a row of numbers with the matrix A (the forward algorithm), here of normalised
 probabilities in float64, so that nothing under- or overflows: one matrix product, one product and one division a position for
-all sequences at once. What lies behind the end of a sequence emits one, which changes nothing.
+all sequences at once. What lies behind the end of a sequence emits one, which changes nothing. Where arrays have a row for each
+sequence, each has a chain of its own.
 
 Rabiner (1989), A tutorial on hidden Markov models, Proceedings of the IEEE 77:257, section III.
 """
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from .components import Components, Values
+from .components import Components, Values, pick
 
-__all__ = ["HiddenMarkovChain", "emissions", "filtered", "most_probable", "smoothed"]
+__all__ = ["HiddenMarkovChain", "emissions", "filtered", "most_probable", "moved", "smoothed"]
 
 TINY = 1e-300
 """Added to predicted probabilities, so that data which the chain cannot have made are merely very improbable."""
@@ -30,6 +31,7 @@ TINY = 1e-300
 
 def emissions(components: Components, arrays: Values, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Log-density of each position in each state, ``(N, T, K)``, float64; zero behind the end."""
+    arrays = _at_positions(components, arrays)
     log_prob = components.log_prob(x.flatten(2) if x.dim() > 2 else x[..., None], arrays).double()
     if lengths is None:
         return log_prob
@@ -37,12 +39,22 @@ def emissions(components: Components, arrays: Values, x: Tensor, lengths: Tensor
     return torch.where(inside[..., None], log_prob, torch.zeros_like(log_prob))
 
 
+def _at_positions(components: Components, arrays: Values) -> Values:
+    """Arrays with an axis of one for positions, ``(N, 1, *shape)``, where each sequence has its own."""
+    return {name: array.unsqueeze(1) if array.dim() > len(components.shapes[name]) else array for name, array in arrays.items()}
+
+
+def moved(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows ``(N, K)`` times one matrix ``(K, L)``, or times the matrix of each row, ``(N, K, L)``."""
+    return rows @ matrix if matrix.dim() == 2 else (rows[..., None] * matrix).sum(-2)
+
+
 def filtered(initial: Tensor, transition: Tensor, emission: Tensor) -> tuple[Tensor, Tensor]:
     r"""The forward algorithm.
 
     Args:
-        initial: :math:`\pi`, ``(K,)``.
-        transition: A, ``(K, K)``, rows sum to one.
+        initial: :math:`\pi`, ``(K,)``, or ``(N, K)``.
+        transition: A, ``(K, K)`` or ``(N, K, K)``; rows sum to one.
         emission: Log-densities ``(N, T, K)``.
 
     Returns:
@@ -56,7 +68,7 @@ def filtered(initial: Tensor, transition: Tensor, emission: Tensor) -> tuple[Ten
         joint = (ahead + TINY) * likelihood[:, t]
         totals.append(joint.sum(-1, keepdim=True))
         states.append(joint / totals[-1])
-        ahead = states[-1] @ transition.double()
+        ahead = moved(states[-1], transition.double())
     return torch.stack(states, 1), torch.cat(totals, -1).log().sum(-1) + most.sum((-2, -1))
 
 
@@ -67,7 +79,7 @@ def smoothed(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor:
     after = torch.ones_like(states[:, 0])
     found = [states[:, -1]]
     for t in range(emission.shape[1] - 2, -1, -1):
-        after = (likelihood[:, t + 1] * after) @ transition.double().mT
+        after = moved(likelihood[:, t + 1] * after, transition.double().mT)
         after = after / after.sum(-1, keepdim=True)
         joint = states[:, t] * after
         found.append(joint / joint.sum(-1, keepdim=True))
@@ -106,10 +118,10 @@ class HiddenMarkovChain(dist.TorchDistribution):
     r"""Sequences whose positions are emitted by the states of a Markov chain.
 
     Args:
-        initial: Probabilities of the first state, ``(K,)``.
-        transition: Of the next state given this one, ``(K, K)``.
+        initial: Probabilities of the first state, ``(K,)``; ``(N, K)`` where each of N sequences has a chain of its own.
+        transition: Of the next state given this one, ``(K, K)`` or ``(N, K, K)``.
         components: What states emit.
-        arrays: The components' arrays.
+        arrays: The components' arrays, with N rows where each sequence has its own.
         event_shape: ``(T, *frame)``.
         lengths: Of each sequence, ``(N,)``; None where all have T positions.
     """
@@ -124,10 +136,11 @@ class HiddenMarkovChain(dist.TorchDistribution):
         arrays: Values,
         event_shape: Sequence[int],
         lengths: Tensor | None = None,
-        batch_shape: Sequence[int] = (),
+        batch_shape: Sequence[int] | None = None,
     ) -> None:
         self.initial, self.transition, self.components, self.arrays = initial, transition, components, arrays
         self.lengths = lengths
+        batch_shape = initial.shape[:-1] if batch_shape is None else batch_shape
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HiddenMarkovChain:
@@ -148,8 +161,11 @@ class HiddenMarkovChain(dist.TorchDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Sequences of T positions."""
         shape = (*sample_shape, *self.batch_shape)
-        states = [dist.Categorical(self.initial).sample(shape)]
+        if self.initial.dim() == 1:
+            states = [dist.Categorical(self.initial).sample(shape)]
+        else:
+            states = [dist.Categorical(self.initial.expand(*self.batch_shape, -1)).sample(torch.Size(sample_shape))]
         while len(states) < self.event_shape[0]:
-            states.append(dist.Categorical(self.transition[states[-1]]).sample())
-        x = self.components.sample(self.arrays, torch.stack(states, -1))  # (*shape, T, D)
+            states.append(dist.Categorical(pick(self.transition, states[-1], self.transition.dim() - 2)).sample())
+        x = self.components.sample(_at_positions(self.components, self.arrays), torch.stack(states, -1))  # (*shape, T, D)
         return x.reshape(*shape, *self.event_shape) if math.prod(self.event_shape) else x

@@ -1,13 +1,19 @@
 r"""The hidden Markov model: sequences from a chain of states that nobody sees.
 
-.. math:: p(x_{1:T}) = \sum_{z_{1:T}} \pi_{z_1} p(x_1 \mid z_1) \prod_{t=2}^T A_{z_{t-1} z_t} \, p(x_t \mid z_t)
+.. math:: p(x_{1:T} \mid c) = \sum_{z_{1:T}} \pi_{z_1}(c) \, p(x_1 \mid z_1, c)
+    \prod_{t=2}^T A_{z_{t-1} z_t}(c) \, p(x_t \mid z_t, c)
 
 The forward algorithm sums over all paths exactly, inside the one observed site, so that ``log_prob`` is exact and ``fit``
 climbs the likelihood itself by gradients (there is no Baum-Welch). States start at k-means clusters of frames, transitions at
 how often the clusters follow each other. By default 600 steps of Adam, 64 sequences each, from a rate of 0.05 by a cosine to
-zero.
+zero (0.01 with a context).
 
-Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition, Proc. IEEE 77:257.
+With a context c, one vector a sequence, probabilities of first states and of transitions and what states emit are functions of
+it by one network, added to arrays that start where they would without: an input-output hidden Markov model whose input stands
+still.
+
+Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition, Proc. IEEE 77:257; Bengio
+and Frasconi (1995), An input output HMM architecture, NIPS 7:427 (an input at each position, one network for each state).
 """
 
 from __future__ import annotations
@@ -33,11 +39,12 @@ from ..distributions.components import (
     CategoricalComponents,
     Columns,
     OfComponents,
+    Values,
     gradient_alone,
     vector_components,
 )
 from ..distributions.events import with_event_shape
-from ..distributions.markov import HiddenMarkovChain, emissions, filtered, most_probable, smoothed
+from ..distributions.markov import HiddenMarkovChain, emissions, filtered, most_probable, moved, smoothed
 from ..training.fit import Training
 from ..training.optim import Adam
 from .mixture import START_ROWS, memberships
@@ -50,7 +57,8 @@ class HiddenMarkov(GenerativeModel):
     r"""Hidden Markov model with categorical, Gaussian or binary emissions.
 
     Shapes: x ``(N, T, *frame)``; ``lengths`` ``(N,)`` where they are unequal: ``{"x": x, "lengths": n}``, see
-    ``pgen.data.pad``. The numbers of a frame are independent given the state, unless Gaussians have a full covariance.
+    ``pgen.data.pad``; context ``(N, context_dim)``. The numbers of a frame are independent given the state, unless Gaussians
+    have a full covariance.
 
     Args:
         event_shape: ``(T,)``, or ``(T, *frame)``.
@@ -63,6 +71,8 @@ class HiddenMarkov(GenerativeModel):
         smoothing: Counts that the fit adds to each transition, each first state and each value of bits and categories.
         floor: Of Gaussians, see ``GaussianMixture``.
         restarts: Runs of k-means, of which the start with the highest likelihood is taken.
+        context_dim: Size of the vector that first states, transitions and emissions of a sequence depend on; 0 for none.
+        hidden: Hidden layers of that network.
         preprocess: Invertible preprocessing of x.
         seed: Keys the initial weights.
 
@@ -92,16 +102,19 @@ class HiddenMarkov(GenerativeModel):
         smoothing: float = 0.1,
         floor: float = 1e-4,
         restarts: int = 2,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (64, 64),
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, preprocess=preprocess)
+        super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("num_states", num_states)
         check_positive("restarts", restarts)
         check_choice("covariance", covariance, ("full", "diagonal", "spherical", "tied"))
         self.num_states, self.covariance, self.smoothing, self.floor = num_states, covariance, smoothing, floor
         self.likelihood = likelihood or ("categorical" if columns is None else None)
         self.num_classes, self.columns, self.restarts = num_classes, plain_columns(columns), restarts
+        self.hidden = tuple(hidden)
         self.components = vector_components(
             num_states, math.prod(self.event_shape[1:]), self.likelihood, num_classes=num_classes, columns=columns,
             covariance=covariance, floor=floor, smoothing=smoothing,
@@ -110,48 +123,59 @@ class HiddenMarkov(GenerativeModel):
         self.register_buffer("num_data", torch.ones(()))
         shapes = {"initial": (num_states,), "transition": (num_states, num_states), **self.components.shapes}
         with self.initial_weights(seed):
-            self.arrays = Arrays(shapes)
+            self.arrays = Arrays(shapes, context_dim, self.hidden)
             for name, shape in shapes.items():
                 getattr(self.arrays, name).data.copy_(0.3 * torch.randn(shape))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("num_states", "likelihood", "num_classes", "columns", "covariance", "smoothing", "floor", "restarts")
-        return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
+        names = (
+            "num_states", "likelihood", "num_classes", "columns", "covariance", "smoothing", "floor", "restarts", "context_dim",
+        )  # fmt: skip
+        own = {name: getattr(self, name) for name in names}
+        return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **own}
 
     # -- the program --------------------------------------------------------------------------------------------------
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """p(x); of sequences with lengths, p(x_1, ..., x_n | n)."""
+        """p(x | c); of sequences with lengths, p(x_1, ..., x_n | n, c)."""
         with self.plate(x, context):
-            return pyro.sample("x", self.distribution(lengths), obs=x)
+            return pyro.sample("x", self.distribution(lengths, context), obs=x)
 
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, lengths: Tensor | None = None) -> None:
         """The states are summed out."""
 
-    def distribution(self, lengths: Tensor | None = None) -> HiddenMarkovChain:
-        """The distribution of sequences."""
-        arrays = self.arrays(None)
-        return HiddenMarkovChain(*self._chain(), self.components, arrays, self.event_shape, lengths)
+    def distribution(self, lengths: Tensor | None = None, context: Tensor | None = None) -> HiddenMarkovChain:
+        """The distribution of sequences, one chain for each row of the context where there is one."""
+        initial, transition, arrays = self._parts(context)
+        return HiddenMarkovChain(initial, transition, self.components, arrays, self.event_shape, lengths)
 
-    def _chain(self) -> tuple[Tensor, Tensor]:
-        """Probabilities of first states and of transitions, their gradient with the added counts in it."""
-        initial, transition = (getattr(self.arrays, name).log_softmax(-1) for name in ("initial", "transition"))
-        counts = gradient_alone(self.smoothing / self.num_data * (initial.sum() + transition.sum()))
-        return (initial + counts).exp(), transition.exp()
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Values]:
+        """Probabilities of first states and of transitions, and the arrays of what states emit."""
+        arrays = self.arrays(context)
+        return *self._chain(arrays.pop("initial"), arrays.pop("transition")), arrays
 
-    def initial(self) -> Tensor:
-        r"""Probabilities :math:`\pi` of the first state, ``(K,)``."""
+    def _chain(self, initial: Tensor, transition: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities from logits, their gradient with the added counts in it."""
+        initial, transition = initial.log_softmax(-1), transition.log_softmax(-1)
+        counts = self.smoothing / self.num_data * (initial.sum(-1) + transition.sum((-2, -1)))
+        return (initial + gradient_alone(counts)[..., None]).exp(), transition.exp()
+
+    def initial(self, context: Any = None) -> Tensor:
+        r"""Probabilities :math:`\pi` of the first state, ``(K,)``; with a context ``(N, K)``."""
         with torch.no_grad():
-            return self._chain()[0]
+            return self._parts(self._where(context))[0]
 
-    def transition(self) -> Tensor:
-        """Probabilities A of the next state (columns) given this one (rows), ``(K, K)``."""
+    def transition(self, context: Any = None) -> Tensor:
+        """Probabilities A of the next state (columns) given this one (rows), ``(K, K)``; with a context ``(N, K, K)``."""
         with torch.no_grad():
-            return self._chain()[1]
+            return self._parts(self._where(context))[1]
 
     def place(self, initial: Any, transition: Any) -> None:
-        """Set the probabilities of first states ``(K,)`` and of transitions ``(K, K)``; the least is 1e-30."""
+        """Set the probabilities of first states ``(K,)`` and of transitions ``(K, K)``; the least is 1e-30.
+
+        Of a model with a context these are what its network changes.
+        """
         chain = {"initial": initial, "transition": transition}
         self.arrays.set({n: torch.as_tensor(p, dtype=torch.float64).clamp(min=1e-30).log() for n, p in chain.items()})
         self.primed = True
@@ -180,7 +204,7 @@ class HiddenMarkov(GenerativeModel):
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None and settings.stop != "converged" else settings.schedule
-        return Adam(0.05, betas=(0.9, 0.99)), replace(settings, schedule=schedule)
+        return Adam(0.01 if self.context_dim else 0.05, betas=(0.9, 0.99)), replace(settings, schedule=schedule)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -228,32 +252,33 @@ class HiddenMarkov(GenerativeModel):
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
-    def states(self, x: Any, lengths: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
+    def states(self, x: Any, lengths: Any = None, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         r"""Posterior probabilities of states, :math:`p(z_t \mid x_{1:n})`, ``(N, T, K)``; zero behind the end of a sequence."""
 
         def posterior(batch: Batch) -> Tensor:
             given = cast(dict[str, Tensor], batch)
-            found = smoothed(*self._chain(), self._emissions(given))
+            found = smoothed(*self._read(given))
             return torch.where(_inside(given)[..., None], found, torch.zeros_like(found))
 
-        return self._rows(posterior, "states", self._sequences(x, lengths), seed, progress, compile="eager")
+        return self._rows(posterior, "states", self._sequences(x, lengths, context), seed, progress, compile="eager")
 
-    def viterbi(self, x: Any, lengths: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
+    def viterbi(self, x: Any, lengths: Any = None, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """The most probable path of states as a whole, ``(N, T)``; behind the end of a sequence -1."""
 
         def path(batch: Batch) -> Tensor:
             given = cast(dict[str, Tensor], batch)
             inside = _inside(given)
-            found, _ = most_probable(*self._chain(), self._emissions(given), inside)
+            found, _ = most_probable(*self._read(given), inside)
             return torch.where(inside, found, torch.full_like(found, -1))
 
-        return self._rows(path, "viterbi", self._sequences(x, lengths), seed, progress, compile="eager")
+        return self._rows(path, "viterbi", self._sequences(x, lengths, context), seed, progress, compile="eager")
 
-    def next(self, prefix: Any) -> Any:
+    def next(self, prefix: Any, context: Any = None) -> Any:
         """The distribution of the next frame after each prefix.
 
         Args:
             prefix: ``(N, t, *frame)``, t from 0.
+            context: One for each, or one for all.
 
         Returns:
             A distribution over one frame, batch shape ``(N,)``: ``.log_prob``, ``.sample``; of single categories ``.probs``.
@@ -263,34 +288,35 @@ class HiddenMarkov(GenerativeModel):
         check_finite(given, "prefix")
         given = self._like(given)
         with torch.no_grad():
-            initial, transition = self._chain()
+            initial, transition, arrays = self._parts(self._where(context, len(given)))
             weights = initial.double().expand(len(given), -1)
             if given.shape[1]:
                 given = given if self.preprocess is None else self.preprocess(given)
-                reached, _ = filtered(initial, transition, emissions(self.components, self.arrays(None), given, None))
-                weights = reached[:, -1] @ transition.double()
-            return self._frame(weights.to(initial))
+                reached, _ = filtered(initial, transition, emissions(self.components, arrays, given, None))
+                weights = moved(reached[:, -1], transition.double())
+            return self._frame(weights.to(initial), {name: values.detach() for name, values in arrays.items()})
 
-    def _frame(self, weights: Tensor) -> Any:
+    def _frame(self, weights: Tensor, arrays: Values) -> Any:
         """Frames of a state drawn with these probabilities ``(N, K)``."""
-        arrays = {name: values.detach() for name, values in self.arrays(None).items()}
         if len(self.event_shape) == 1 and isinstance(self.components, CategoricalComponents):
-            return dist.Categorical(weights @ arrays["logits"][:, 0].softmax(-1))
+            return dist.Categorical(moved(weights, arrays["logits"][..., 0, :].softmax(-1)))
         if len(self.event_shape) == 1 and isinstance(self.components, BernoulliComponents):
-            return dist.Bernoulli(weights @ arrays["logits"][:, 0].sigmoid())
+            return dist.Bernoulli(moved(weights, arrays["logits"].sigmoid())[:, 0])
         if isinstance(self.components, Columns):
             return with_event_shape(OfComponents(weights, self.components, arrays), self.event_shape[1:])
         each = self.components.distribution(arrays)
         mixed = dist.MixtureSameFamily(dist.Categorical(weights), each.expand((*weights.shape,)))
         return with_event_shape(mixed, self.event_shape[1:])
 
-    def _emissions(self, batch: dict[str, Tensor]) -> Tensor:
-        return emissions(self.components, self.arrays(None), batch["x"], batch.get("lengths"))
+    def _read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the recursions take: first states, transitions, and the log-density of each position in each state."""
+        initial, transition, arrays = self._parts(batch.get("context"))
+        return initial, transition, emissions(self.components, arrays, batch["x"], batch.get("lengths"))
 
-    def _sequences(self, x: Any, lengths: Any) -> dict[str, Tensor]:
+    def _sequences(self, x: Any, lengths: Any, context: Any) -> dict[str, Tensor]:
         if lengths is not None:
             x = {"x": x, "lengths": lengths}
-        batch = self._batch("x", x)
+        batch = self._batch("x", x, context)
         self._check_support(batch)
         return batch
 

@@ -288,9 +288,6 @@ class ImageModel(GenerativeModel):
                 f"likelihood={self.likelihood!r}"
             )
 
-    def _where(self, context: Any, rows: int) -> Tensor | None:
-        return None if context is None and not self.context_dim else self._like(self._context(context, rows))
-
 
 def _completed(fn: Autoregressive, rows: dict[str, Tensor]) -> Tensor:
     return fn.complete(**rows)

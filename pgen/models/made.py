@@ -172,7 +172,7 @@ class MADE(GenerativeModel):
             raise ValueError(f"`prefix` should have shape (N, t) with t below {len(order)}, got {tuple(given.shape)}")
         column, known = int(order[given.shape[1]]), order[: given.shape[1]]
         x = given.new_zeros(len(given), len(order)).index_copy(1, known, given)
-        where = self._told(context, len(x))
+        where = self._where(context, len(x))
         with torch.no_grad(), _evaluating(self):
             y, which = (x - self.shift) / self.scale, self.table.which(x.device)
             outputs = self.network(self.table.encode(y, which), order.argsort(), where)
@@ -204,7 +204,7 @@ class MADE(GenerativeModel):
         known = self._like(torch.where(x.isnan(), torch.zeros_like(x), x))
         batch = {"x": known, "observed": ~x.isnan().to(known.device)}
         check_support("`x`", self.distribution(), batch["x"])
-        where = self._told(context, len(x))
+        where = self._where(context, len(x))
         batch = batch if where is None else {**batch, "context": where}
 
         def drawn(rows: Batch) -> Tensor:
@@ -214,9 +214,6 @@ class MADE(GenerativeModel):
         options = {**self._asked(seed, "eager", progress)}
         with isolated(self.home), _evaluating(self), torch.no_grad():
             return by_rows(drawn, batch, max(1, SAMPLE_ROWS // count), name="infill", **options)
-
-    def _told(self, context: Any, rows: int) -> Tensor | None:
-        return None if context is None and not self.context_dim else self._like(self._context(context, rows))
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """p(x | c); while it is trained, p_k(x | c) of an order k drawn at random."""

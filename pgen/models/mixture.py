@@ -57,16 +57,19 @@ class _Mixture(GenerativeModel):
     num_components: int
     restarts: int
 
-    def parts(self, context: Tensor | None) -> tuple[Tensor, Table]:
-        """Logits of the weights ``(*rows, K)``, and the densities of the components."""
+    def parts(self, context: Tensor | None, observed: Tensor | None = None) -> tuple[Tensor, Table]:
+        """Logits of the weights ``(*rows, K)``, and the densities of the components, of what is observed of x."""
         raise NotImplementedError
 
-    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """p(x, z | c)."""
-        logits, table = self.parts(context)
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, observed: Tensor | None = None) -> Tensor:
+        """p(x, z | c); entries that are not observed have no likelihood."""
+        logits, table = self.parts(context, observed)
         with self.plate(x, context):
             z = pyro.sample("z", dist.Categorical(logits=logits))
             return pyro.sample("x", InComponent(table, z, self.event_shape), obs=x)
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None, observed: Tensor | None = None) -> None:
+        """The component is summed out."""
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = "cosine" if settings.schedule is None and settings.stop != "converged" else settings.schedule
@@ -79,7 +82,7 @@ class _Mixture(GenerativeModel):
 
         def posterior(batch: Batch) -> Tensor:
             given = cast(dict[str, Any], batch)
-            logits, table = self.parts(given.get("context"))
+            logits, table = self.parts(given.get("context"), given.get("observed"))
             return (logits.log_softmax(-1) + table.log_prob(given["x"])).softmax(-1)
 
         batch = self._batch("x", x, context)
@@ -93,12 +96,7 @@ class _Mixture(GenerativeModel):
     def weights(self, context: Any = None) -> Tensor:
         r"""Weights :math:`\pi`, ``(K,)``; with a context ``(N, K)``."""
         with torch.no_grad():
-            return self.parts(self._conditions(context))[0].softmax(-1)
-
-    def _conditions(self, context: Any) -> Tensor | None:
-        if context is None and not self.context_dim:
-            return None
-        return self._like(self._context(context, len(context) if context is not None else 1))
+            return self.parts(self._where(context))[0].softmax(-1)
 
     def _without_latents(self, question: str) -> NotAvailable:
         return NotAvailable(
@@ -110,27 +108,38 @@ class _Mixture(GenerativeModel):
 
     def prime(self, data: Batch) -> None:
         """Start at the best of ``restarts`` runs of k-means."""
-        x = cast(dict[str, Tensor], self._prepared(data)[0])["x"]
+        batch = cast(dict[str, Tensor], self._prepared(data)[0])
+        x, observed = batch["x"], batch.get("observed")
         if len(x) < self.num_components:
             raise ValueError(
                 f"`data` has {len(x)} rows for {self.num_components} components; give more, or take fewer components"
             )
-        x = x[torch.randperm(len(x), device=x.device)[:START_ROWS]] if len(x) > START_ROWS else x
+        if len(x) > START_ROWS:
+            rows = torch.randperm(len(x), device=x.device)[:START_ROWS]
+            x, observed = x[rows], None if observed is None else observed[rows]
+        observed = None if observed is None else observed.flatten(1)
+        _check_seen(observed)
         seeds = torch.randint(2**31 - 1, (self.restarts,)).tolist()
         with torch.no_grad():
-            features = self._features(x.flatten(1).double())
+            features = self._features(x.flatten(1).double(), observed)
             tried = [memberships(features, self.num_components, seed) for seed in seeds]
-            fits = [self._start(x, each) for each in tried]
+            fits = [self._start(x, each, observed) for each in tried]
             best = max(range(len(fits)), key=fits.__getitem__)
-            self._start(x, tried[best])
+            self._start(x, tried[best], observed)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor, observed: Tensor | None) -> Tensor:
         """What k-means clusters data ``(N, D)`` by."""
         return standardised(x)
 
-    def _start(self, x: Tensor, weight: Tensor) -> float:
+    def _start(self, x: Tensor, weight: Tensor, observed: Tensor | None) -> float:
         """Start where each datum belongs to components as ``weight`` (N, K) says; returns the mean log-density there."""
         raise NotImplementedError
+
+
+def _check_seen(observed: Tensor | None) -> None:
+    """Refuse a number that is never observed."""
+    if observed is not None and bool((never := ~observed.any(0)).any()):
+        raise ValueError(f"number {int(never.nonzero()[0])} of each datum is missing in all {len(observed)} data; drop it")
 
 
 def memberships(features: Tensor, count: int, seed: int) -> Tensor:
@@ -163,6 +172,7 @@ class _Vectors:
     components: Components
     arrays: dict[str, Tensor]
     event_shape: tuple[int, ...]
+    observed: Tensor | None = None
 
     @property
     def support(self) -> Constraint:
@@ -172,7 +182,8 @@ class _Vectors:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(*rows, K)``."""
-        return self.components.log_prob(x.flatten(-len(self.event_shape)), self.arrays)
+        flat = x.flatten(-len(self.event_shape))
+        return self.components.log_prob(flat, self.arrays, None if self.observed is None else self.observed.flatten(1))
 
     def sample(self, z: Tensor) -> Tensor:
         """``(*z.shape, *event_shape)``."""
@@ -206,25 +217,25 @@ class _VectorMixture(_Mixture):
             for name, shape in shapes.items():  # components that start alike would stay alike
                 getattr(self.arrays, name).data.copy_(0.1 * torch.randn(shape))
 
-    def parts(self, context: Tensor | None) -> tuple[Tensor, Table]:
+    def parts(self, context: Tensor | None, observed: Tensor | None = None) -> tuple[Tensor, Table]:
         """Weights and components, from the context where there is one."""
         arrays = self.arrays(context)
-        return arrays["weights"], _Vectors(self.components, arrays, self.event_shape)
+        return arrays["weights"], _Vectors(self.components, arrays, self.event_shape, observed)
 
     def prime(self, data: Batch) -> None:
         """Start at the best of ``restarts`` runs of k-means."""
         super().prime(data)
         self.components.share_smoothing(self.num_rows or len(cast(dict[str, Tensor], data)["x"]))
 
-    def _features(self, x: Tensor) -> Tensor:
-        return self.components.features(x)
+    def _features(self, x: Tensor, observed: Tensor | None) -> Tensor:
+        return self.components.features(x, observed)
 
-    def _start(self, x: Tensor, weight: Tensor) -> float:
+    def _start(self, x: Tensor, weight: Tensor, observed: Tensor | None) -> float:
         flat = x.flatten(1)
-        values = self.components.start(flat.double(), weight)
+        values = self.components.start(flat.double(), weight, observed)
         self.arrays.set({"weights": smoothed_log_share(weight), **values})
         arrays = {name: getattr(self.arrays, name) for name in self.arrays.shapes}
-        log_joint = arrays["weights"].log_softmax(-1) + self.components.log_prob(flat, arrays)
+        log_joint = arrays["weights"].log_softmax(-1) + self.components.log_prob(flat, arrays, observed)
         return float(torch.logsumexp(log_joint, -1).double().mean())
 
 
@@ -295,6 +306,15 @@ class GaussianMixture(_VectorMixture):
         own = {name: getattr(self, name) for name in ("num_components", "restarts", "context_dim")}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **own, **plain}
 
+    def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """As elsewhere; where an entry is missing the error names the mixture that takes such data."""
+        try:
+            return super()._checked(argument, x, context, numbers)
+        except ValueError as error:
+            if str(error).startswith(f"{argument} row") and " is nan" in str(error):
+                raise ValueError(f"{error}, or take models.Mixture, which knows missing entries") from None
+            raise
+
     def place(self, weights: Any, means: Any, covariances: Any) -> None:
         """Set the parameters.
 
@@ -317,13 +337,13 @@ class GaussianMixture(_VectorMixture):
     def means(self, context: Any = None) -> Tensor:
         r"""Means :math:`\mu`, ``(K, *event_shape)``, of preprocessed data; with a context ``(N, K, *event_shape)``."""
         with torch.no_grad():
-            arrays = self.arrays(self._conditions(context))
+            arrays = self.arrays(self._where(context))
             return cast(GaussianComponents, self.components).means(arrays).unflatten(-1, self.event_shape)
 
     def covariances(self, context: Any = None) -> Tensor:
         r"""Covariances of the D numbers, ``(K, D, D)``, of preprocessed data; with a context ``(N, K, D, D)``."""
         with torch.no_grad():
-            return cast(GaussianComponents, self.components).covariances(self.arrays(self._conditions(context)))
+            return cast(GaussianComponents, self.components).covariances(self.arrays(self._where(context)))
 
 
 class Mixture(_VectorMixture):
@@ -331,7 +351,8 @@ class Mixture(_VectorMixture):
 
     .. math:: p(x) = \sum_k \pi_k \prod_d p_{kd}(x_d)
 
-    Shapes: x ``(N, *event_shape)``.
+    Shapes: x ``(N, *event_shape)``. NaN in x is a missing entry, whose factors are left out: densities are exactly those of the
+    entries observed, and ``fit`` maximises them (entries missing at random).
 
     Args:
         event_shape: Shape of one datum.
@@ -349,6 +370,9 @@ class Mixture(_VectorMixture):
         preprocess: Invertible preprocessing of x.
         seed: Keys the initial weights.
 
+    Raises:
+        ValueError: From ``fit``, if a continuous number is constant, or a number is never observed.
+
     References:
         Lazarsfeld and Henry (1968), Latent structure analysis; Bishop (2006), section 9.3.3.
 
@@ -361,6 +385,7 @@ class Mixture(_VectorMixture):
     """
 
     family = "mixture"
+    also = ("observed",)
 
     def __init__(
         self,
@@ -395,6 +420,57 @@ class Mixture(_VectorMixture):
         names = ("num_components", "likelihood", "num_classes", "columns", "smoothing", "floor", "restarts", "context_dim")
         own = {name: getattr(self, name) for name in names}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **own}
+
+    def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """As elsewhere; where all entries are there, nothing is said of them. Rows of a source are all alike."""
+        batch = super()._checked(argument, x, context, numbers)
+        if numbers is None and bool(batch["observed"].all()):
+            del batch["observed"]
+        return batch
+
+    def impute(
+        self, x: Any, num_samples: int | None = None, *, context: Any = None, seed: Seed = 0, progress: bool = True
+    ) -> Tensor:
+        """x with its missing entries (NaN) filled in; what is observed stays as it is.
+
+        Args:
+            x: Data, ``(N, *event_shape)``.
+            num_samples: Fill in that many joint draws of the missing entries given the others; None for means of continuous
+                numbers, and the most probable value of each bit and category.
+            context: Context of each datum.
+            seed: Keys the draws.
+            progress: Whether to show a bar on what takes more than two seconds.
+
+        Returns:
+            ``(N, *event_shape)``, or ``(num_samples, N, *event_shape)``.
+
+        Example:
+            >>> mixture = Mixture((2,), 2, columns=["binary", "continuous"])
+            >>> x = torch.tensor([[0.0, 1.0], [1.0, 5.0], [0.0, 1.2], [1.0, 5.2]]).repeat(25, 1)
+            >>> run = mixture.fit(x, steps=100, progress=False)
+            >>> mixture.impute(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]])).round()
+            tensor([[1., 5.],
+                    [0., 1.]])
+        """
+        check_positive("num_samples", num_samples, allow_none=True)
+        batch = self._batch("x", x, context)
+        self._check_support(batch)
+
+        def filled(rows: Batch) -> Tensor:
+            given = cast(dict[str, Any], rows)
+            logits, table = self.parts(given.get("context"), given.get("observed"))
+            posterior = (logits.log_softmax(-1) + table.log_prob(given["x"])).softmax(-1)
+            vectors = cast(_Vectors, table)
+            if num_samples is None:
+                return self.components.centre_of(vectors.arrays, posterior).unflatten(-1, self.event_shape)
+            z = dist.Categorical(posterior).sample(torch.Size([int(num_samples)]))
+            return vectors.sample(z).movedim(0, 1).to(given["x"])
+
+        found = self._rows(filled, "impute", batch, seed, progress, compile="eager")
+        if self.preprocess is not None:
+            found = self.preprocess.inverse(found.reshape(-1, *self.event_shape)).reshape(found.shape)
+        found = found if num_samples is None else found.movedim(1, 0)
+        return torch.where(batch.get("observed", torch.ones_like(batch["x"], dtype=torch.bool)), batch["x"], found)
 
 
 class MixtureOf(_Mixture):
@@ -451,11 +527,11 @@ class MixtureOf(_Mixture):
     def _models(self) -> list[GenerativeModel]:
         return cast(list[GenerativeModel], list(self.components))
 
-    def parts(self, context: Tensor | None) -> tuple[Tensor, Table]:
+    def parts(self, context: Tensor | None, observed: Tensor | None = None) -> tuple[Tensor, Table]:
         """Weights, from the context where there is one, and the components as they are."""
         return self.arrays(context)["weights"], _Models(self._models(), context)
 
-    def _start(self, x: Tensor, weight: Tensor) -> float:
+    def _start(self, x: Tensor, weight: Tensor, observed: Tensor | None) -> float:
         self.arrays.set({"weights": smoothed_log_share(weight)})
         for model, share in zip(self._models(), weight.T):
             mine, least = x[share > 0], max(2, getattr(model, "num_components", 2))
@@ -481,7 +557,7 @@ def _check_component(number: int, model: GenerativeModel, event_shape: tuple[int
         raise ValueError(
             f"{name} is about data of shape {model.event_shape}, component 0 of shape {event_shape}; make them alike"
         )
-    if type(model).guide is not GenerativeModel.guide:
+    if type(model).guide not in (GenerativeModel.guide, _Mixture.guide):
         raise ValueError(
             f"{name} has latents that only a guide knows, so the mixture's density would not be exact; leave it out"
         )
@@ -489,8 +565,8 @@ def _check_component(number: int, model: GenerativeModel, event_shape: tuple[int
         raise ValueError(f"{name} preprocesses x by itself; give `preprocess` to the mixture instead")
     if model.context_dim not in (0, context_dim):
         raise ValueError(f"{name} takes a context of size {model.context_dim}, the mixture of {context_dim}; make them alike")
-    if model.also:
-        raise ValueError(f"{name} takes {model.also[0]!r} beside x, which a mixture cannot pass on; leave it out")
+    if beside := [argument for argument in model.also if argument != "observed"]:
+        raise ValueError(f"{name} takes {beside[0]!r} beside x, which a mixture cannot pass on; leave it out")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class SequenceModel(GenerativeModel):
             Shape ``(n, *event_shape)``, in the units of the data.
         """
         check_positive("n", n)
-        return self._sampled(int(n), self._where(context, local, int(n), self.event_shape[0]), seed, compile, progress)
+        return self._sampled(int(n), self._told(context, local, int(n), self.event_shape[0]), seed, compile, progress)
 
     def next(self, prefix: Any, context: Any = None, *, local: Any = None) -> Any:
         """The distribution of the next symbol after each prefix, in the units of the data.
@@ -209,7 +209,7 @@ class SequenceModel(GenerativeModel):
             A distribution over what is at one position, batch shape ``(N,)``: ``.probs``, ``.log_prob``, ``.sample``.
         """
         given = self._prefix(prefix)
-        where = self._where(context, local, len(given), given.shape[1] + 1)
+        where = self._told(context, local, len(given), given.shape[1] + 1)
         if self.longest:
             start = max(0, given.shape[1] - self.event_shape[0] + 1)
             given, where = given[:, start:], _window(where, start, self.event_shape[0])
@@ -246,7 +246,7 @@ class SequenceModel(GenerativeModel):
         x, total, window = self._prefix(prefix), int(length or self.event_shape[0]), self.event_shape[0]
         if x.shape[1] > total:
             raise ValueError(f"`prefix` has {x.shape[1]} positions, more than length={total}; give a larger length")
-        where = self._where(context, local, len(x), total)
+        where = self._told(context, local, len(x), total)
         while x.shape[1] < total:
             kept = 0 if not self.longest or total <= window else max(0, x.shape[1] - window // 2)
             size = min(total - kept, window) if self.longest else total
@@ -289,11 +289,11 @@ class SequenceModel(GenerativeModel):
             )
         return given
 
-    def _where(self, context: Any, local: Any, rows: int, positions: int) -> dict[str, Tensor]:
+    def _told(self, context: Any, local: Any, rows: int, positions: int) -> dict[str, Tensor]:
         """What so many data of so many positions are conditioned on, by name."""
-        found = {}
-        if context is not None or self.context_dim:
-            found["context"] = self._like(self._context(context, rows))
+        found, told = {}, self._where(context, rows)
+        if told is not None:
+            found["context"] = told
         if local is not None or self.local_dim:
             found["local"] = self._like(self._checked_local(local, rows, positions))
         return found
