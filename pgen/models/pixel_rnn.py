@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, linear, pad
 
-from ..contracts import Seed, check_positive
+from ..contracts import Seed
 from .image import ImageModel, PixelNetwork, put
 
 __all__ = ["PixelRNN"]
@@ -74,23 +74,14 @@ class PixelRNN(ImageModel):
         context_dim: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, likelihood, num_classes, num_components, context_dim)
-        for name, value in (("channels", channels), ("layers", layers), ("head", head)):
-            check_positive(name, value)
-        for name, value in (("kernel", kernel), ("first_kernel", first_kernel)):
-            if value < 1 or value % 2 == 0:
-                raise ValueError(f"`{name}` should be a positive odd number, got {value}")
-        self.width, self.layers, self.kernel, self.first_kernel = channels, layers, kernel, first_kernel
-        self.head, self.dropout = head, float(dropout)
+        super().__init__(
+            event_shape, channels, layers, kernel=kernel, first_kernel=first_kernel, head=head, likelihood=likelihood,
+            num_classes=num_classes, num_components=num_components, dropout=dropout, context_dim=context_dim,
+        )  # fmt: skip
         with self.initial_weights(seed):
             inputs = self.channels * self.observation.width
             trunk = _Rows(inputs, channels, layers, kernel, first_kernel, self.size[1], dropout, context_dim)
             self.network = PixelNetwork(trunk, channels, self.observation, self.size, head)
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values."""
-        names = ("layers", "kernel", "first_kernel", "head", "dropout")
-        return {**super().settings(), "channels": self.width, **{name: getattr(self, name) for name in names}}
 
 
 class _Rows(nn.Module):
