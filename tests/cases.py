@@ -328,6 +328,14 @@ CASES: dict[str, Case] = {
         _CONTEXT,
         values=3,
     ),
+    "pixel_rnn_diagonal_context": exact(
+        lambda seed: models.PixelRNN(
+            EVENT, 6, 2, lstm="diagonal", first_kernel=3, head=5, context_dim=CONTEXT, dropout=0.1, seed=seed
+        ),
+        _BITS,
+        _CONTEXT,
+        values=2,
+    ),
     "made_mixed": exact(
         lambda seed: models.MADE(EVENT, (15,), columns=["binary", ("categorical", 2)] * 3, num_orders=2, seed=seed),
         _BITS,

@@ -126,12 +126,31 @@ class ImageModel(GenerativeModel):
     network: PixelNetwork
 
     def __init__(
-        self, event_shape: Sequence[int], likelihood: str, num_classes: int | None, num_components: int | None, context_dim: int
+        self,
+        event_shape: Sequence[int],
+        channels: int,
+        layers: int,
+        *,
+        kernel: int | None,
+        first_kernel: int,
+        head: int,
+        likelihood: str,
+        num_classes: int | None,
+        num_components: int | None,
+        dropout: float,
+        context_dim: int,
     ) -> None:
         super().__init__(event_shape, context_dim=context_dim)
         if len(self.event_shape) not in (2, 3):
             raise ValueError(f"`event_shape` should be (height, width) or (channels, height, width), got {self.event_shape}")
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS))
+        for name, value in (("channels", channels), ("layers", layers), ("head", head)):
+            check_positive(name, value)
+        for name, width in (("kernel", kernel), ("first_kernel", first_kernel)):
+            if width is not None and (width < 1 or width % 2 == 0):
+                raise ValueError(f"`{name}` should be a positive odd number, got {width}")
+        self.width, self.layers, self.kernel, self.first_kernel = channels, layers, kernel, first_kernel
+        self.head, self.dropout = head, float(dropout)
         self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
         self.observation: Observation = observation(likelihood, (), num_classes, num_components)
         self.channels = 1 if len(self.event_shape) == 2 else self.event_shape[0]
@@ -147,8 +166,10 @@ class ImageModel(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        names = ("likelihood", "num_classes", "num_components", "context_dim")
-        return {"event_shape": list(self.event_shape), **{name: getattr(self, name) for name in names}}
+        network = ("layers", "kernel", "first_kernel", "head", "dropout", "context_dim")
+        names = ("likelihood", "num_classes", "num_components", *network)
+        own = {name: getattr(self, name) for name in names}
+        return {"event_shape": list(self.event_shape), "channels": self.width, **own}
 
     def prime(self, data: Batch) -> None:
         """Start at the frequencies of single numbers."""

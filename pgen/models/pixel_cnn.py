@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from ..contracts import Seed, check_positive
+from ..contracts import Seed
 from .image import ImageModel, PixelNetwork, put
 
 __all__ = ["PixelCNN"]
@@ -77,27 +77,18 @@ class PixelCNN(ImageModel):
         context_dim: int = 0,
         seed: Seed = 0,
     ) -> None:
-        super().__init__(event_shape, likelihood, num_classes, num_components, context_dim)
-        for name, value in (("channels", channels), ("layers", layers), ("head", head)):
-            check_positive(name, value)
-        self.width, self.layers, self.kernel, self.first_kernel = channels, layers, kernel, first_kernel
-        self.head, self.dropout = head, float(dropout)
+        super().__init__(
+            event_shape, channels, layers, kernel=kernel, first_kernel=first_kernel, head=head, likelihood=likelihood,
+            num_classes=num_classes, num_components=num_components, dropout=dropout, context_dim=context_dim,
+        )  # fmt: skip
         reach = _reach(kernel, first_kernel, layers, self.size[1])
         with self.initial_weights(seed):
             trunk = _Gated(self.channels * self.observation.width, channels, reach, self.size[1], dropout, context_dim)
             self.network = PixelNetwork(trunk, channels, self.observation, self.size, head)
 
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values."""
-        names = ("layers", "kernel", "first_kernel", "head", "dropout")
-        return {**super().settings(), "channels": self.width, **{name: getattr(self, name) for name in names}}
-
 
 def _reach(kernel: int, first_kernel: int, layers: int, width: int) -> list[int]:
     """How far each layer looks to either side."""
-    for name, value in (("kernel", kernel), ("first_kernel", first_kernel)):
-        if value < 1 or value % 2 == 0:
-            raise ValueError(f"`{name}` should be a positive odd number, got {value}")
     reach = [first_kernel // 2, *[kernel // 2] * (layers - 1)]
     if sum(reach) >= width:
         raise ValueError(
