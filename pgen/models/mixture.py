@@ -14,6 +14,7 @@ from a network of the context); Jacobs et al. (1991), Adaptive mixtures of local
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -147,8 +148,10 @@ def memberships(features: Tensor, count: int, seed: int) -> Tensor:
 
     Where there are fewer distinct data than clusters, data are shared out between several at random.
     """
-    from sklearn.cluster import KMeans
+    state = random.getstate()
+    from sklearn.cluster import KMeans  # draws from Python's random numbers as it is imported
 
+    random.setstate(state)
     clusters = min(count, len(torch.unique(features, dim=0)))
     labels = KMeans(clusters, n_init=1, random_state=seed).fit(features.cpu().numpy()).labels_
     weight = nn.functional.one_hot(torch.as_tensor(labels).long(), clusters).double().to(features.device)
