@@ -78,7 +78,8 @@ def tempered(
         count = n if given else max(n, LEAST)
         at = loc + scale * torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
         betas = [*schedule(settings.num_temps).tolist(), *[1.0] * settings.num_steps]
-        x = _led(log_density, loc, scale, at, given, betas, settings.leapfrog, seed, held, compile, progress)
+        first = max(loc.numel(), 1) ** -0.25  # steps that suit the Gaussian: Beskos et al. (2013), arXiv:1001.4460
+        x = _led(log_density, loc, scale, at, given, betas, settings.leapfrog, first, seed, held, compile, progress)
     return x[:n]
 
 
@@ -89,7 +90,7 @@ def move_on(
     """The chains x after ``num_steps`` transitions that leave f invariant; the arguments are those of ``tempered``."""
     betas = [1.0] * (settings.num_steps + 1)
     with keyed_rng(key(seed, "moving"), loc.device):
-        return _led(log_density, loc, scale, x, given, betas, settings.leapfrog, seed, held, compile, progress)
+        return _led(log_density, loc, scale, x, given, betas, settings.leapfrog, _FIRST, seed, held, compile, progress)
 
 
 def _led(
@@ -100,15 +101,16 @@ def _led(
     given: Sequence[Tensor],
     betas: Sequence[float],
     leapfrog: int,
+    first: float,
     seed: int,
     held: Sequence[Tensor],
     compile: str,
     progress: bool,
 ) -> Tensor:
-    """Particles from x along the temperatures."""
+    """Particles from x along the temperatures; ``first`` is the size of the first steps, which adapt."""
     shape = x.shape
     unit, position = _unit(log_density, loc, scale, x, given, leapfrog, len(betas), held, compile)
-    log_step = position.new_full((len(x),), _FIRST).log()
+    log_step = position.new_full((len(x),), first).log()
     log_weight, change = torch.zeros_like(log_step), torch.zeros_like(log_step)
     with Progress(len(betas), progress, QUIET_SECONDS) as bar:
         for number, beta in enumerate(betas):
