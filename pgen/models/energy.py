@@ -50,9 +50,9 @@ class EnergyBased(UnnormalisedModel):
 
     Shapes: x ``(N, *event_shape)`` real, context ``(N, context_dim)``, labels ``(N,)`` with classes 0, ..., K - 1.
 
-    ``fit`` carries Langevin chains from step to step (``PersistentContrastiveDivergence``); ``SlicedScoreMatching()``,
-    ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With ``num_labels``,
-    ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
+    ``fit`` carries Langevin chains at eight temperatures from step to step (``PersistentContrastiveDivergence``);
+    ``SlicedScoreMatching()``, ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With
+    ``num_labels``, ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
     ``log_normalizer()`` has been asked for.
 
     Args:
@@ -293,7 +293,8 @@ class EnergyBased(UnnormalisedModel):
             n: How many.
             context: One context for all, shape ``(1, context_dim)``, or one for each.
             start: ``"noise"``: a population that is led from a Gaussian to the model, weighed and resampled on the way;
-                ``"chains"``: those that the last fit kept, moved on by ``num_steps``.
+                ``"chains"``: those that the last fit kept (256, repeated where more are asked for), moved on by ``num_steps``.
+                In many dimensions these have the modes' shares better than a population from noise.
             num_temps: Temperatures from the Gaussian to the model, instead of the model's own number of them.
             num_steps: Transitions of Hamiltonian Monte Carlo at the end.
             leapfrog: Steps of each.
