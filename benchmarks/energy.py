@@ -106,10 +106,10 @@ def toys(seeds, steps, rate=5e-3):
 
 GRID = {  # steps, those of a batch, and what a fit is told beside them
     "chains at 8 temperatures": (2500, 200, lambda x, seed: {}),
+    "noise contrast": (5000, 500, lambda x, seed: {"objective": contrast(x, seed)}),
     "chains at 1 temperature": (
         2500, 200, lambda x, seed: {"objective": PersistentContrastiveDivergence(10, num_chains=1000, restart=0.02)},
     ),
-    "noise contrast": (5000, 500, lambda x, seed: {"objective": contrast(x, seed)}),
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class EnergyBased(UnnormalisedModel):
         octaves: int = 0,
         confine: bool = True,
         num_labels: int = 0,
-        tempering: tuple[int, int, int] = (200, 100, 5),
+        tempering: tuple[int, int, int] = (100, 50, 3),
         context_dim: int = 0,
         preprocess: Transform | None = None,
         seed: Seed = 0,
@@ -420,7 +420,7 @@ class EnergySum:
         return -self.log_prob(x).value
 
     def sample(
-        self, n: int = 1, *, num_temps: int = 200, num_steps: int = 100, leapfrog: int = 5, seed: Seed = 0,
+        self, n: int = 1, *, num_temps: int = 100, num_steps: int = 50, leapfrog: int = 3, seed: Seed = 0,
         compile: str = "auto", progress: bool = True,
     ) -> Tensor:  # fmt: skip
         """Draw x as ``EnergyBased.sample`` does, from noise.
