@@ -339,8 +339,8 @@ def page(found, settings):
             ais = [r for r in own if "ais" in r]
             error = f"{np.mean([abs(r['ais'] - r['log_z']) for r in ais]):.3f}" if ais else ""
             inside = f"{sum(r['inside'] for r in ais)} of {len(ais)}" if ais else ""
-            temps = ", ".join(str(r["ais_temps"]) for r in ais)
-            spent = f"{np.mean([r['ais_cpu'] for r in ais]):.0f}" if ais else ""
+            temps = ", ".join(str(r.get("ais_temps", 300)) for r in ais)
+            spent = f"{ais[0]['ais_cpu']:.0f}" if ais and "ais_cpu" in ais[0] else ""
             body.append([*name, len(own), spread([r["kl"] for r in own], 3), spread([r["js"] for r in own], 3),
                          f"{np.mean([r['cpu'] for r in own]):.0f}", error, inside, temps, spent])  # fmt: skip
         parts += [
@@ -378,7 +378,7 @@ def page(found, settings):
             "600 x 600, whatever its draws are.",
             table(["objective", "octaves", "steps", "seed", *names, "CPU s to fit", "CPU s in all", "KL(truth, model)"],
                   [[r["recipe"], r["octaves"], r["steps"], r["seed"], *(f"{r[n]:.3f}" for n in names), f"{r['cpu']:.0f}",
-                    f"{r['total']:.0f}", f"{r['kl']:.3f}"] for r in rows]),
+                    f"{r['total']:.0f}", f"{r['kl']:.3f}" if "kl" in r else ""] for r in rows]),
         ]  # fmt: skip
     if rows := found.get("digits"):
         names = list(rows[0]["found"])
