@@ -92,6 +92,7 @@ class Case:
         context: Context of each datum.
         kind: Kind of ``log_prob``; None where it has none.
         latents: Whether the guide draws anything, so that ``log_prob`` takes samples.
+        labels: Class of each datum.
         values: Values that each number of x takes, if finite: 0, ..., ``values`` - 1.
         lacks: Questions that raise NotAvailable.
         tightens: Whether more samples raise a bound on average.
@@ -101,6 +102,7 @@ class Case:
     make: Callable[[int], Any]
     x: torch.Tensor
     context: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     kind: str | None = "lower_bound"
     latents: bool = True
     values: int = 0
@@ -117,10 +119,15 @@ class Case:
         """The context as an argument, where there is one."""
         return {} if self.context is None else {"context": self.context}
 
+    @property
+    def data(self) -> Any:
+        """What a fit sees beside the context."""
+        return self.x if self.labels is None else {"x": self.x, "labels": self.labels}
+
     def fit(self, model: Any, steps: int = 3, **options: Any) -> pgen.Run:
         """A short fit in minibatches with a ragged last one."""
         given = {"batch_size": 4, "progress": False, "compile": "eager", **self.options, **options}
-        return model.fit(self.x, steps=steps, **self.named, **given)
+        return model.fit(self.data, steps=steps, **self.named, **given)
 
     def sample(self, model: Any, n: int, seed: int = 0) -> torch.Tensor:
         """Draws of x, ``(n, *event)``."""
@@ -158,13 +165,13 @@ def exact(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | N
     return Case(make, x, context, **{"kind": "exact", "latents": False, "lacks": _NO_LATENTS, **fields})
 
 
-def energy(x: torch.Tensor, context: torch.Tensor | None = None, **settings: Any) -> Case:
+def energy(x: torch.Tensor, context: torch.Tensor | None = None, labels: torch.Tensor | None = None, **settings: Any) -> Case:
     """An energy-based model, which does not know its normaliser and draws by chains, short ones here."""
 
     def make(seed: int) -> Any:
         return models.EnergyBased(EVENT, hidden=(4,), tempering=(3, 2, 1), seed=seed, **settings)
 
-    return Case(make, x, context, kind="unnormalised", latents=False, lacks=_NO_LATENTS)
+    return Case(make, x, context, labels, kind="unnormalised", latents=False, lacks=_NO_LATENTS)
 
 
 def latent(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None, **fields: Any) -> Case:
@@ -411,7 +418,7 @@ CASES: dict[str, Case] = {
     "rbm_wide": exact(lambda seed: models.RBM(EVENT, 9, seed=seed), _BITS, values=2),
     "rbm_gaussian": exact(lambda seed: models.RBM(EVENT, 3, visible="gaussian", preprocess=Standardize(), seed=seed), _REALS),
     "energy": energy(_REALS, preprocess=Standardize()),
-    "energy_classes": energy(_REALS, energy="conv", num_labels=3),
+    "energy_classes": energy(_REALS, labels=torch.arange(len(_REALS)) % 3, energy="conv", num_labels=3),
     "energy_context": energy(_REALS, _CONTEXT, context_dim=CONTEXT),
     "linear_gaussian_pair": Case(lambda seed: seeded(linear_gaussian, seed), _REALS.flatten(1)),
 }

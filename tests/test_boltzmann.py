@@ -184,3 +184,11 @@ def test_slips_are_named():
         PersistentContrastiveDivergence(restart=1.0)
     with pytest.raises(pgen.NotAvailable, match="no latents to anneal"):
         model.log_prob(X, method="ais")
+
+
+def test_grey_levels_are_told_the_ways_out():
+    x = torch.linspace(0, 16, 30).reshape(10, 3)
+    with pytest.raises(
+        ValueError, match=r"visible='gaussian', preprocess=Standardize\(\), or make bits: x = \(x > 8\).float\(\)"
+    ):
+        RBM((3,)).fit(x, steps=1, progress=False)

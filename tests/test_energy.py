@@ -11,6 +11,8 @@ from torch import nn
 
 import pgen
 from pgen.data import Standardize
+from pgen.evaluation.normalizer import LogNormalizer, settled
+from pgen.evaluation.tempering import _in_neighbourhoods, _resampled
 from pgen.models import EnergyBased, Gaussian
 from pgen.objectives import (
     ContrastiveDivergence,
@@ -19,7 +21,7 @@ from pgen.objectives import (
     PersistentContrastiveDivergence,
     SlicedScoreMatching,
 )
-from pgen.samplers.mcmc import gibbs, hmc, langevin, start, with_gradient
+from pgen.samplers.mcmc import exchange, gibbs, hmc, langevin, start, with_gradient
 from pgen.training import Adam
 from pgen.training.fit import NonFinite
 
@@ -121,6 +123,29 @@ def test_a_gibbs_sweep_leaves_a_law_over_three_values_as_it_is():
     assert float(((counts - 50_000 * share).square() / (50_000 * share)).sum()) < 62
 
 
+def test_exchanges_leave_each_temperature_its_law():
+    """N(0, 1 / (1 + 3 beta)) at three temperatures, fails once in 10 000; half of all pairs are tried."""
+    betas = torch.tensor([0.0, 0.3, 1.0]).double()
+    sd = (1 / (1 + 3 * betas)).sqrt()
+
+    def exchanged():
+        x = sd[:, None] * torch.randn(3, 200_000, dtype=torch.float64)
+        levels, acceptance = exchange(betas, -1.5 * x.square())
+        return x, levels, acceptance, x.gather(0, levels)
+
+    x, levels, acceptance, after = seeded(exchanged, 3)
+    assert acceptance.shape == (2, 200_000) and bool((levels.sort(0).values == torch.arange(3)[:, None]).all())
+    for level in range(3):
+        mean, spread = moments(after[level] / sd[level])
+        assert abs(mean) < 4.5 and abs(spread) < 4.5
+    for pair in range(2):
+        c = -1.5 * x[pair : pair + 2].square()
+        expected = ((betas[pair + 1] - betas[pair]) * (c[0] - c[1])).exp().clamp(max=1)
+        torch.testing.assert_close(acceptance[pair], expected)
+        swapped = (levels[pair] == pair + 1) & (levels[pair + 1] == pair)
+        assert float(swapped.double().mean()) == pytest.approx(0.5 * float(expected.mean()), abs=0.006)
+
+
 # --- objectives -----------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +158,57 @@ def test_persistent_chains_find_the_precision(sampler):
     target = {"langevin": 0.574, "hmc": 0.65}[sampler]
     assert float(run.history["acceptance"][-50:].mean()) == pytest.approx(target, abs=0.1)
     assert run.word == "energy gap"
+
+
+class Shares(nn.Module):
+    """f(x) = e^s N(-2, .2^2) + e^-s N(2, .2^2): chains do not cross, and s is the modes' share alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        wells = torch.stack([-0.5 * ((x[:, 0] - m) / 0.2).square() for m in (-2.0, 2.0)], 1)
+        with pyro.plate("data", len(x)):
+            pyro.factor("energy", (wells + torch.stack([self.logit, -self.logit])).logsumexp(1))
+
+
+def two_modes():
+    return seeded(lambda: torch.where(torch.arange(500) < 400, -2.0, 2.0)[:, None] + 0.2 * torch.randn(500, 1).double())
+
+
+def test_temperatures_set_the_shares_of_modes_between_which_chains_do_not_cross():
+    """The data's log-odds are log 4, of which s is half; of 300 chains the standard error is about 0.07."""
+    x, found = two_modes(), {}
+    for num_temps in (1, 6):
+        model = Shares()
+        objective = PersistentContrastiveDivergence(2, num_chains=300, num_temps=num_temps)
+        options = {"steps": 400, "optimizer": Adam(0.05), "schedule": "cosine", "precision": "float64", "compile": "graph"}
+        pgen.Pair(model, lambda x: None).fit(x, objective=objective, batch_size=100, progress=False, **options)
+        found[num_temps] = float(model.logit.detach())
+    assert found[6] == pytest.approx(0.5 * math.log(4), abs=0.25)
+    assert abs(found[1] - 0.5 * math.log(4)) > 0.35  # the test can fail: chains alone know nothing of it
+
+
+def test_temperatures_move_until_all_exchange_equally_often():
+    x, model = two_modes(), Shares()
+    objective = PersistentContrastiveDivergence(1, num_chains=500, num_temps=5).begin(model, lambda x: None, (x,))
+    before, rates = objective.chains.betas, []
+    torch.testing.assert_close(before, torch.tensor([0, 1, 3, 7, 15]).double() / 15)
+    with seeded(torch.random.fork_rng):
+        for _ in range(400):
+            with torch.no_grad():
+                drawn, metrics = objective._negative(model, (x,))
+            assert drawn[0].shape == (500, 1) and metrics["exchange"].shape == (4,) and metrics["acceptance"].shape == (5,)
+            objective._adapt(metrics)
+            rates.append(metrics["exchange"])
+    late = torch.stack(rates[-100:]).mean(0)
+    assert float(late.max() - late.min()) < 0.05 < float(rates[0].max() - rates[0].min())
+    assert bool((objective.chains.betas.diff() > 0).all()) and float(objective.chains.betas[-1]) == pytest.approx(1)
+    with pytest.raises(
+        ValueError, match="num_temps=4 leads from a Gaussian to real data; with sampler='gibbs' use num_temps=1"
+    ):
+        PersistentContrastiveDivergence(sampler="gibbs", num_temps=4)
 
 
 def test_short_chains_from_the_data_find_it_too():
@@ -178,6 +254,7 @@ def test_noise_with_latents_that_are_summed_counts_with_its_whole_density():
     "objective",
     [
         PersistentContrastiveDivergence(2, "hmc", num_chains=7, restart=0.3, leapfrog=2),
+        PersistentContrastiveDivergence(2, num_chains=7, num_temps=3),
         ContrastiveDivergence(2, "unadjusted"),
         DenoisingScoreMatching(0.3),
         SlicedScoreMatching(2),
@@ -196,10 +273,11 @@ def test_tiers_agree(objective):
     np.testing.assert_allclose(*losses, rtol=1e-12)
 
 
-def test_a_fit_goes_on_where_it_stopped_with_its_chains(tmp_path):
+@pytest.mark.parametrize("num_temps", [1, 3])
+def test_a_fit_goes_on_where_it_stopped_with_its_chains(tmp_path, num_temps):
     def fit(steps, folder, model=None):
         model = model or EnergyBased((2,), hidden=(6,))
-        objective = PersistentContrastiveDivergence(1, num_chains=12, restart=0.1)
+        objective = PersistentContrastiveDivergence(1, num_chains=12, restart=0.1, num_temps=num_temps)
         options = {"objective": objective, "batch_size": 5, "compile": "graph", "progress": False, "schedule": "constant"}
         return model, model.fit(X[:20].float(), steps=steps, checkpoint=folder, **options)
 
@@ -276,6 +354,39 @@ def test_the_normaliser_lies_between_its_bounds():
     score = model.log_prob(torch.ones(1, 2))
     assert score.kind == "estimate" and score.mean == pytest.approx(-found.value, abs=1e-6)
     assert float(score.mc_error[0]) == pytest.approx(found.error)
+
+
+def test_temperatures_are_added_until_the_error_is_small():
+    def estimate(error, gap):
+        return lambda count: LogNormalizer(1.0, error / count, 0.0, gap / count, count, 10)
+
+    assert settled(estimate(1.0, 5.0), None).num_temps == 60
+    assert settled(estimate(1.0, math.nan), None).num_temps == 60
+    assert settled(estimate(3.0, 5.0), None).num_temps == 250
+    assert settled(estimate(1.0, 50.0), None).num_temps == 250
+    assert settled(estimate(99.0, 5.0), None).num_temps == 1000
+    assert settled(estimate(99.0, 5.0), 7).num_temps == 7
+    model = plain(Bowl(), (2,))
+    model.scale.fill_(1.2)
+    found = model.log_normalizer(progress=False, num_chains=80, leapfrog=3)
+    assert found.num_temps == 60 and found.lower < math.log(2 * math.pi) < found.upper
+
+
+def test_resampling_leaves_each_region_its_share():
+    """In random order the counts of 16 regions of 1024 particles would be off by 6 or so; neighbours in a row, by 1 or 2."""
+    x = seeded(lambda: torch.randn(1024, 3).double())
+    order = _in_neighbourhoods(x)
+    assert order.sort().values.equal(torch.arange(1024))
+    log_weight = seeded(lambda: torch.randn(1024).double(), 5)
+    with torch.random.fork_rng():
+        rows = _resampled(log_weight, x)
+    region = torch.empty(1024, dtype=torch.int64)
+    region[order] = torch.arange(1024) // 64
+    wanted = 1024 * torch.zeros(16).double().index_add_(0, region, log_weight.softmax(0))
+    assert float((torch.bincount(region[rows], minlength=16) - wanted).abs().max()) < 2
+    assert float((region[rows][1:] == region[rows][:-1]).double().mean()) < 0.2  # and they come in random order
+    first = [x[order[:512]][:, d].max() <= x[order[512:]][:, d].min() for d in range(3)]
+    assert sum(map(bool, first)) == 1  # halved by one coordinate
 
 
 def test_samples_have_the_shares_of_the_modes():
@@ -355,6 +466,8 @@ def test_slips_are_named(tmp_path):
         EnergyBased((2,)).sample(3, start="chains")
     with pytest.raises(ValueError, match="made without classes"):
         EnergyBased((2,)).fit({"x": X[:5].float(), "labels": torch.zeros(5)}, steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"has num_labels=3 and was given no labels.* use fit\(\{\"x\": x, \"labels\": y\}\)"):
+        EnergyBased((2,), num_labels=3).fit(X[:5].float(), steps=1, progress=False)
     with pytest.raises(pgen.NotAvailable, match="no classes"):
         EnergyBased((2,)).predict_proba(X[:2].float())
     with pytest.raises(ValueError, match=r"shapes .* cannot be added"):
@@ -376,6 +489,8 @@ def test_chains_that_stand_still_are_told():
     assert objective.concerns(history) == {}
     assert "stand still (acceptance 1.0%)" in objective.concerns({**history, "acceptance": 0.01 * steps})["chains"]
     assert "1e+05 nats apart: the chains run away" in objective.concerns({**history, "chain_energy": 1e5 * steps})["chains"]
+    assert objective.concerns({**history, "exchange": 0.5 * steps}) == {}
+    assert "hardly exchange chains (1.0%)" in objective.concerns({**history, "exchange": 0.01 * steps})["temperatures"]
     short = {name: column[:100] for name, column in history.items()}
     assert objective.concerns({**short, "acceptance": 0 * steps[:100]}) == {}
 

@@ -265,7 +265,7 @@ def test_fit_and_questions_change_nothing_global(name, tmp_path):
     case = CASES[name]
     model = case.model()
     before = global_state()
-    case.fit(model, compile="graph", validation=case.x, **_held_out(case))
+    case.fit(model, compile="graph", validation=case.data, **_held_out(case))
     answers(case, model)
     assert global_state() == before
 

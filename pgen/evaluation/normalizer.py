@@ -23,7 +23,12 @@ from ..data.batches import key
 from ..programs import DATA_PLATE
 from .annealing import AIS, anneal, log_mean
 
-__all__ = ["LogNormalizer", "annealed_normalizer"]
+__all__ = ["LogNormalizer", "annealed_normalizer", "settled"]
+
+LADDER = (60, 250, 1000)
+"""Temperatures that are tried, one after another."""
+SETTLED, NARROW = 0.02, 0.25
+"""Standard error and gap between the bounds, nats, at which no more are tried."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,15 @@ class LogNormalizer:
             f"log Z = {self.value:.3f} ± {self.error:.3f} nats, between {self.lower:.3f} and {self.upper:.3f} "
             f"({self.num_chains} chains each way, {self.num_temps} temperatures)"
         )
+
+
+def settled(estimate: Callable[[int], LogNormalizer], num_temps: int | None) -> LogNormalizer:
+    """The estimate with so many temperatures; for None with 60, and with 250 or 1000 only where its error or gap are large."""
+    for count in LADDER if num_temps is None else (num_temps,):
+        found = estimate(count)
+        if found.error <= SETTLED and not found.gap > NARROW:  # a gap may be NaN, where there is no upper bound
+            break
+    return found
 
 
 def _std_error(values: Tensor) -> float:

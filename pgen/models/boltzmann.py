@@ -126,6 +126,13 @@ class RBM(UnnormalisedModel):
         low = 1 / (count + 2)
         return torch.logit(mean.clamp(low, 1 - low))
 
+    def _advice(self, error: Exception, batch: Batch) -> str:
+        """The ways out for x that are no bits."""
+        if "outside the support" not in str(error):
+            return ""
+        top = float(torch.as_tensor(batch["x"]).max()) if isinstance(batch, dict) else 1.0
+        return f": for grey levels visible='gaussian', preprocess=Standardize(), or make bits: x = (x > {top / 2:.3g}).float()"
+
     def default_objective(self) -> PersistentContrastiveDivergence:
         """Persistent chains, five sweeps a step."""
         return PersistentContrastiveDivergence(5, "gibbs", num_chains=500)

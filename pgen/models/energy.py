@@ -32,7 +32,7 @@ from ..data.transforms import Transform
 from ..distributions.energy import Unnormalised
 from ..evaluation.annealing import AIS
 from ..evaluation.calibration import check_labels
-from ..evaluation.normalizer import LogNormalizer, annealed_normalizer
+from ..evaluation.normalizer import LogNormalizer, annealed_normalizer, settled
 from ..evaluation.tempering import Tempering, move_on, tempered
 from ..nn import ACTIVATIONS, MLP, waves
 from ..objectives import PersistentContrastiveDivergence
@@ -50,9 +50,9 @@ class EnergyBased(UnnormalisedModel):
 
     Shapes: x ``(N, *event_shape)`` real, context ``(N, context_dim)``, labels ``(N,)`` with classes 0, ..., K - 1.
 
-    ``fit`` carries Langevin chains from step to step (``PersistentContrastiveDivergence``); ``SlicedScoreMatching()``,
-    ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With ``num_labels``,
-    ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
+    ``fit`` carries Langevin chains at eight temperatures from step to step (``PersistentContrastiveDivergence``);
+    ``SlicedScoreMatching()``, ``DenoisingScoreMatching(sd)`` and ``NoiseContrastive(noise)`` need no chains. With
+    ``num_labels``, ``fit({"x": x, "labels": y})`` trains p(x) and p(y | x) together. ``log_prob`` is ``unnormalised`` until
     ``log_normalizer()`` has been asked for.
 
     Args:
@@ -94,7 +94,7 @@ class EnergyBased(UnnormalisedModel):
         octaves: int = 0,
         confine: bool = True,
         num_labels: int = 0,
-        tempering: tuple[int, int, int] = (200, 100, 5),
+        tempering: tuple[int, int, int] = (100, 50, 3),
         context_dim: int = 0,
         preprocess: Transform | None = None,
         seed: Seed = 0,
@@ -148,8 +148,17 @@ class EnergyBased(UnnormalisedModel):
         super().save(path)
 
     def prime(self, data: Batch) -> None:
-        """Take the means and standard deviations of the data, raw and preprocessed."""
+        """Take the means and standard deviations of the data, raw and preprocessed.
+
+        Raises:
+            ValueError: If the model has classes and the data no labels.
+        """
         batch = cast(dict[str, Tensor], data)
+        if self.num_labels and "labels" not in batch:
+            raise ValueError(
+                f"this model has num_labels={self.num_labels} and was given no labels, so that its classes would mean nothing; "
+                'use fit({"x": x, "labels": y}), or leave num_labels out'
+            )
         with torch.no_grad():
             places = ((self.loc, self.scale, self._prepared(batch)[0]["x"]), (self.data_loc, self.data_scale, batch["x"]))
             for loc, scale, x in places:
@@ -158,8 +167,8 @@ class EnergyBased(UnnormalisedModel):
                 scale.copy_(sd.clamp(min=0.1 * float(sd.mean())) if float(sd.mean()) > 0 else torch.ones_like(sd))
 
     def default_objective(self) -> PersistentContrastiveDivergence:
-        """Persistent chains of Langevin steps with Metropolis' correction, some started anew."""
-        return PersistentContrastiveDivergence(10, "langevin", num_chains=1000, restart=0.02)
+        """Persistent chains of Langevin steps with Metropolis' correction at eight temperatures."""
+        return PersistentContrastiveDivergence(2, "langevin", num_chains=1000, num_temps=8)
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         falling = settings.schedule is None and settings.stop == "steps"
@@ -229,7 +238,7 @@ class EnergyBased(UnnormalisedModel):
         self,
         context: Any = None,
         *,
-        num_temps: int = 1000,
+        num_temps: int | None = None,
         num_chains: int = 100,
         leapfrog: int = 10,
         seed: Seed = 0,
@@ -240,7 +249,8 @@ class EnergyBased(UnnormalisedModel):
 
         Args:
             context: One context, whose Z it is; nothing is then kept for ``log_prob``.
-            num_temps: Temperatures.
+            num_temps: Temperatures; None for as few of 60, 250 and 1000 as bring the standard error to 0.02 nats and the
+                bounds within 0.25 of each other.
             num_chains: Chains each way. Backward ones begin at ``sample``, so the upper bound is as good as that is.
             leapfrog: Steps of each transition.
             seed: Keys all noise.
@@ -250,14 +260,15 @@ class EnergyBased(UnnormalisedModel):
         Returns:
             The estimate, in the units of preprocessed data; ``log_prob`` goes on with it.
         """
-        settings = AIS(num_temps, num_chains, leapfrog)
+        _check_annealing(num_temps, num_chains, leapfrog)
         given = self._given(context, num_chains)
         draws = self.sample(num_chains, context, seed=seed, compile=compile, progress=progress)
         options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
             ends = self._prepared({"x": self._like(draws)})[0]["x"]
-            found = annealed_normalizer(
-                lambda x, *context: -self._energy(x, *context), self.loc, self.scale, ends, given, settings=settings, **options
+            law = (lambda x, *context: -self._energy(x, *context), self.loc, self.scale, ends, given)
+            found = settled(
+                lambda count: annealed_normalizer(*law, settings=AIS(count, num_chains, leapfrog), **options), num_temps
             )
         if not self.context_dim:
             self.log_z.copy_(torch.tensor([found.value, max(found.error, 1e-12)]))
@@ -282,7 +293,8 @@ class EnergyBased(UnnormalisedModel):
             n: How many.
             context: One context for all, shape ``(1, context_dim)``, or one for each.
             start: ``"noise"``: a population that is led from a Gaussian to the model, weighed and resampled on the way;
-                ``"chains"``: those that the last fit kept, moved on by ``num_steps``.
+                ``"chains"``: those that the last fit kept (256, repeated where more are asked for), moved on by ``num_steps``.
+                In many dimensions these have the modes' shares better than a population from noise.
             num_temps: Temperatures from the Gaussian to the model, instead of the model's own number of them.
             num_steps: Transitions of Hamiltonian Monte Carlo at the end.
             leapfrog: Steps of each.
@@ -408,7 +420,7 @@ class EnergySum:
         return -self.log_prob(x).value
 
     def sample(
-        self, n: int = 1, *, num_temps: int = 200, num_steps: int = 100, leapfrog: int = 5, seed: Seed = 0,
+        self, n: int = 1, *, num_temps: int = 100, num_steps: int = 50, leapfrog: int = 3, seed: Seed = 0,
         compile: str = "auto", progress: bool = True,
     ) -> Tensor:  # fmt: skip
         """Draw x as ``EnergyBased.sample`` does, from noise.
@@ -424,15 +436,18 @@ class EnergySum:
             return tempered(self.log_density, *self._reference(), int(n), held=self._held(), **options)
 
     def log_normalizer(
-        self, *, num_temps: int = 1000, num_chains: int = 100, leapfrog: int = 10, seed: Seed = 0, compile: str = "auto",
+        self, *, num_temps: int | None = None, num_chains: int = 100, leapfrog: int = 10, seed: Seed = 0, compile: str = "auto",
         progress: bool = True,
     ) -> LogNormalizer:  # fmt: skip
         """log Z of the sum, as ``EnergyBased.log_normalizer`` finds it, in the units of the data."""
+        _check_annealing(num_temps, num_chains, leapfrog)
         draws = self.sample(num_chains, seed=seed, compile=compile, progress=progress)
-        settings = AIS(num_temps, num_chains, leapfrog)
         options: dict[str, Any] = {"seed": as_seed(seed), "compile": compile, "progress": progress, "held": self._held()}
         with isolated(), _Evaluating([model for _, model in self.terms]), torch.no_grad():
-            return annealed_normalizer(self.log_density, *self._reference(), draws, settings=settings, **options)
+            law = (self.log_density, *self._reference(), draws)
+            return settled(
+                lambda count: annealed_normalizer(*law, settings=AIS(count, num_chains, leapfrog), **options), num_temps
+            )
 
     def _held(self) -> list[Tensor]:
         found = {id(t): t for _, model in self.terms for t in (*model.parameters(), *model.buffers())}
@@ -469,6 +484,12 @@ class _Evaluating:
     def __exit__(self, *args: object) -> None:
         for one in reversed(self._each):
             one.__exit__(*args)
+
+
+def _check_annealing(num_temps: int | None, num_chains: int, leapfrog: int) -> None:
+    check_positive("num_temps", num_temps, allow_none=True)
+    check_positive("num_chains", num_chains)
+    check_positive("leapfrog", leapfrog)
 
 
 def _tempering(num_temps: int, num_steps: int, leapfrog: int) -> Tempering:

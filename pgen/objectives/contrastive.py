@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
-from ..samplers.mcmc import Info, State, gibbs, hmc, langevin, start, with_gradient
+from ..samplers.mcmc import Info, State, exchange, gibbs, hmc, langevin, start, with_gradient
 from .density import check_without_latents, conditionals, log_density, observing, parts
 from .elbo import Scalars
 
@@ -30,9 +30,10 @@ Program = Callable[..., Any]
 SAMPLERS = ("langevin", "hmc", "unadjusted", "gibbs")
 TARGETS = {"langevin": 0.574, "hmc": 0.65}
 """Acceptance to which step sizes are adapted: Roberts and Rosenthal (1998); Beskos et al. (2013)."""
-_GAIN = 0.1
-WATCHED, STUCK, RUNAWAY = 20, 0.02, 100.0
-"""Steps that are looked at, at least; acceptance of chains that stand still; gap over data energy of ones that run away."""
+_GAIN, _SPACING = 0.1, 0.03
+WATCHED, STUCK, APART, RUNAWAY = 20, 0.02, 0.05, 100.0
+"""Steps that are looked at, at least; acceptance of chains that stand still; exchanges of temperatures too far apart; gap over
+data energy of chains that run away."""
 CURE = "try a smaller learning rate, clip_norm=1.0, a smaller step_size, or restart=0.05"
 
 
@@ -45,17 +46,25 @@ class Chains(nn.Module):
         step_size: To begin with.
         loc: Means of the data, where chains begin anew.
         scale: Their standard deviations; of binary data it does not matter.
+        num_temps: K, temperatures. Hotter chains ``hot``, ``(K - 1, M, *event_shape)``, begin at noise with those moments.
     """
 
     x: Tensor
+    hot: Tensor
     log_step: Tensor
+    log_gap: Tensor
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, x: Tensor, given: Sequence[Tensor], step_size: float, loc: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, given: Sequence[Tensor], step_size: float, loc: Tensor, scale: Tensor, num_temps: int = 1
+    ) -> None:
         super().__init__()
         self.register_buffer("x", x.clone())
-        self.register_buffer("log_step", x.new_full((), math.log(step_size)))
+        self.register_buffer("hot", loc + scale * torch.randn(num_temps - 1, *x.shape, dtype=x.dtype, device=x.device))
+        self.register_buffer("log_step", x.new_full((num_temps,) if num_temps > 1 else (), math.log(step_size)))
+        rising = torch.arange(1, num_temps, dtype=x.dtype, device=x.device)
+        self.register_buffer("log_gap", math.log(2) * rising)  # inverse temperatures that double from one to the next
         for name, value in (("loc", loc), ("scale", scale)):
             self.register_buffer(name, value.clone())
         self.count = len(given)
@@ -66,6 +75,11 @@ class Chains(nn.Module):
     def given(self) -> list[Tensor]:
         """The other arguments."""
         return [getattr(self, f"given_{i}") for i in range(self.count)]
+
+    @property
+    def betas(self) -> Tensor:
+        """Inverse temperatures, from 0 to 1, ``(K,)``."""
+        return torch.cat([self.log_gap.new_zeros(1), self.log_gap.softmax(0).cumsum(0)])
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,8 @@ class ContrastiveDivergence:
             what = "discrete data have no gradient: use 'gibbs'" if discrete else "real data need a gradient: use 'langevin'"
             raise ValueError(f"`sampler` is {self.sampler!r}, but {what}")
         scale = x.std(0, correction=0)
-        chains = Chains(*self._first(model, x, given), self.step_size, x.mean(0), torch.where(scale > 0, scale, 1.0))
+        scale, num_temps = torch.where(scale > 0, scale, 1.0), getattr(self, "num_temps", 1)
+        chains = Chains(*self._first(model, x, given), self.step_size, x.mean(0), scale, num_temps)
         return replace(self, chains=chains, exact=getattr(fn, "few_states", False))
 
     def _first(self, model: Program, x: Tensor, given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -142,6 +157,7 @@ class ContrastiveDivergence:
         """Energy of the data less that of the chains, nats a datum, less the log-density of what else is observed."""
         drawn, metrics = self._negative(model, batch)
         self._adapt(metrics)
+        metrics = {name: value.mean() for name, value in metrics.items()}
         data = log_density(model, batch, scales=True).mean()
         chains = log_density(model, drawn, scales=True).mean()
         metrics = {"data_energy": -data.detach(), "chain_energy": -chains.detach(), **metrics}
@@ -170,6 +186,8 @@ class ContrastiveDivergence:
         found = {}
         if "acceptance" in history and (rate := float(np.nanmean(history["acceptance"][-last:]))) < STUCK:
             found["chains"] = f"the chains stand still (acceptance {rate:.1%}); {CURE}"
+        if "exchange" in history and (rate := float(np.nanmean(history["exchange"][-last:]))) < APART:
+            found["temperatures"] = f"neighbouring temperatures hardly exchange chains ({rate:.1%}); use more num_temps"
         gap = (history["chain_energy"] - history["data_energy"])[-last:]
         far = float(np.nanmedian(np.abs(gap)))
         if far > RUNAWAY * max(1.0, float(np.nanmedian(np.abs(history["data_energy"][-last:])))):
@@ -215,6 +233,8 @@ class ContrastiveDivergence:
         """Move the step size towards the acceptance that suits the sampler (Robbins and Monro)."""
         if self.sampler in TARGETS and self.chains is not None:
             self.chains.log_step.add_(_GAIN * (metrics["acceptance"] - TARGETS[self.sampler]))
+        if "exchange" in metrics and self.chains is not None:  # neighbours that exchange more than others move apart
+            self.chains.log_gap.add_(_SPACING * (metrics["exchange"] - metrics["exchange"].mean()))
 
     def _swept(
         self, model: Program, x: Tensor, given: Sequence[Tensor], closed: Callable[[Tensor, Sequence[Tensor]], Batch]
@@ -236,7 +256,16 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     r"""Contrastive divergence with chains that are carried from step to step, and mix while the model changes slowly.
 
     Each step takes as many chains as there are data in the batch, moves them k steps and puts them back. Biased as far as
-    the chains lag behind the model: less with more steps, smaller learning rates, or chains started anew.
+    the chains lag behind the model: less with more steps, smaller learning rates, or more temperatures.
+
+    Chains at the model's own temperature stay in the mode where they are; the model may then dig holes where no chain comes,
+    and its normaliser runs away. With ``num_temps`` K each chain has K - 1 hotter ones beside it, at
+
+    .. math:: \log f_\beta(x) = (1 - \beta) \log \mathcal{N}(x; m, s^2) + \beta \log f(x), \qquad
+        0 = \beta_1 < \dots < \beta_K = 1
+
+    with the data's moments, and neighbours exchange places after every step. The :math:`\beta` move until all pairs exchange
+    equally often, step sizes until all accept equally often. Metric ``exchange``: how often they do, best near 0.5.
 
     Args:
         steps: k.
@@ -244,17 +273,21 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
         num_chains: How many are kept, the replay buffer.
         restart: Probability with which a chain starts anew at each step: at Gaussian noise with the means and standard
             deviations of the data, or at bits of the data's frequencies.
+        num_temps: K; each costs as much as the chains themselves. 1 for none but the model's.
         step_size: As for ``ContrastiveDivergence``.
         leapfrog: As for ``ContrastiveDivergence``.
 
     References:
         Tieleman (2008), Training restricted Boltzmann machines using approximations to the likelihood gradient,
-        doi:10.1145/1390156.1390290 (restart 0); Du and Mordatch (2019), arXiv:1903.08689, section 3.2 (0.05).
+        doi:10.1145/1390156.1390290 (restart 0); Du and Mordatch (2019), arXiv:1903.08689, section 3.2 (0.05); Desjardins et
+        al. (2010), Tempered Markov chain Monte Carlo for training of restricted Boltzmann machines, AISTATS, PMLR 9:145;
+        Syed et al. (2022), Non-reversible parallel tempering, arXiv:1905.02939 (equal rates of exchange).
     """
 
     steps: int = 10
     num_chains: int = field(default=1000, kw_only=True)
     restart: float = field(default=0.0, kw_only=True)
+    num_temps: int = field(default=1, kw_only=True)
 
     whole_batches: ClassVar[bool] = True
     divisible: ClassVar[bool] = False
@@ -262,6 +295,11 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("num_chains", self.num_chains)
+        check_positive("num_temps", self.num_temps)
+        if self.num_temps > 1 and self.sampler == "gibbs":
+            raise ValueError(
+                f"num_temps={self.num_temps} leads from a Gaussian to real data; with sampler='gibbs' use num_temps=1"
+            )
         if not 0 <= self.restart < 1:
             raise ValueError(f"`restart` should be a probability below 1, such as 0.05, got {self.restart}")
 
@@ -288,10 +326,52 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
             at, own = self.chains.x[rows], [tensor[rows] for tensor in self.chains.given]
             if self.restart:
                 at, own = self._renewed(model, at, own, given)
-            moved, metrics = self._moved(model, at, own, closed)
+            if self.num_temps == 1:
+                moved, metrics = self._moved(model, at, own, closed)
+            else:
+                ladders = torch.cat([self.chains.hot[:, rows], at[None]])
+                ladders, metrics = self._exchanged(model, ladders, own, closed)
+                moved = ladders[-1]
+                self.chains.hot.index_copy_(1, rows, ladders[:-1])
             for kept, new in zip([self.chains.x, *self.chains.given], [moved, *own]):
                 kept.index_copy_(0, rows, new)
         return closed(moved, own), metrics
+
+    def _exchanged(
+        self, model: Program, x: Tensor, given: Sequence[Tensor], closed: Callable[[Tensor, Sequence[Tensor]], Batch]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ladders of chains ``(K, C, *event_shape)`` k steps on, each followed by exchanges, and what happened.
+
+        In coordinates u in which the Gaussian at the hot end is standard: log f_beta = beta c - |u|^2 / 2, where c is what the
+        model's log-density adds to the Gaussian's. It goes with each chain from level to level.
+        """
+        assert self.chains is not None
+        loc, scale, betas = self.chains.loc.flatten(), self.chains.scale.flatten(), self.chains.betas
+        shape, level = x.shape, betas.repeat_interleave(x.shape[1])  # (K * C,)
+        given = [tensor.repeat(len(betas), *[1] * (tensor.dim() - 1)) for tensor in given]
+
+        def added(u: Tensor) -> Tensor:
+            return log_density(model, closed((loc + scale * u).reshape(-1, *shape[2:]), given)) + 0.5 * u.square().sum(1)
+
+        def mixed(u: Tensor, c: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+            return level * c - 0.5 * u.square().sum(1), level[:, None] * slope - u, c, slope
+
+        def density(u: Tensor) -> tuple[Tensor, ...]:
+            return mixed(u, *with_gradient(added)(u))
+
+        state = start(density, ((x.flatten(2) - loc) / scale).flatten(0, 1))
+        size, column = self.chains.log_step.exp(), torch.arange(shape[1], device=x.device)
+        accepted, exchanged = [], []
+        for _ in range(self.steps):
+            state, info = self._step(density, state, size.repeat_interleave(shape[1])[:, None])
+            levels, rate = exchange(betas, state.parts[0].reshape(shape[:2]))
+            rows = (levels * shape[1] + column).flatten()
+            log_f, gradient, *parts = mixed(u := state.position[rows], *(part[rows] for part in state.parts))
+            state = State(u, log_f, gradient, tuple(parts))
+            accepted.append(info.acceptance.reshape(shape[:2]).mean(1))
+            exchanged.append(rate.mean(1))
+        metrics = {"acceptance": torch.stack(accepted).mean(0), "exchange": torch.stack(exchanged).mean(0)}
+        return (loc + scale * state.position).reshape(shape), {**metrics, "step_size": size[-1:]}
 
     def _rows(self, count: int) -> Tensor:
         """Numbers of the chains of a step, ``(count,)``: a random stretch of them."""

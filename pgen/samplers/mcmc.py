@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Density", "Info", "State", "gibbs", "hmc", "langevin", "start", "with_gradient"]
+__all__ = ["Density", "Info", "State", "exchange", "gibbs", "hmc", "langevin", "start", "with_gradient"]
 
 Density = Callable[[Tensor], tuple[Tensor, ...]]
 """From positions ``(*chains, D)`` to log-densities ``(*chains)``, gradients ``(*chains, D)``, and whatever goes with them."""
@@ -152,6 +152,34 @@ def gibbs(log_density: Callable[[Tensor], Tensor], position: Tensor, values: Ten
         drawn = (torch.rand_like(share[0]) * share[-1] > share[:-1]).sum(0)
         position = tried.gather(0, drawn.reshape(1, *drawn.shape, 1).expand(1, *position.shape))[0]
     return position
+
+
+def exchange(betas: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Replica exchange between neighbouring temperatures, which leaves the product of their laws invariant.
+
+    .. math:: f_k(x) = f_0(x) \, e^{\beta_k c(x)}, \qquad
+        \alpha = \min\bigl(1, e^{(\beta_{k+1} - \beta_k) (c(x_k) - c(x_{k+1}))}\bigr)
+
+    Each ladder of chains tries the pairs that begin at even levels, or those that begin at odd ones, by the toss of a coin.
+
+    Args:
+        betas: Inverse temperatures, rising, ``(K,)``.
+        change: c at each ladder's chains, nats, ``(K, *ladders)``.
+
+    Returns:
+        The level that each place is filled from, ``(K, *ladders)``, and each pair's probability of acceptance, tried or not,
+        ``(K - 1, *ladders)``.
+
+    References:
+        Geyer (1991), Markov chain Monte Carlo maximum likelihood; Swendsen and Wang (1986), doi:10.1103/PhysRevLett.57.2607.
+    """
+    levels = torch.arange(len(betas), device=betas.device).reshape(-1, *[1] * (change.dim() - 1))
+    gap = (betas[1:] - betas[:-1]).reshape(levels[1:].shape)
+    acceptance = (gap * (change[:-1] - change[1:])).clamp(max=0.0).exp()
+    odd = (torch.rand_like(change[0]) < 0.5).long()
+    taken = ((torch.rand_like(acceptance) < acceptance) & (levels[:-1] % 2 == odd)).long()
+    none = torch.zeros_like(taken[:1])
+    return levels + torch.cat([taken, none]) - torch.cat([none, taken]), acceptance
 
 
 def _choose(accepted: Tensor, new: State, old: State) -> State:
