@@ -955,6 +955,8 @@ class GenerativeModel(_Questions, PyroModule):
         further = self._further(x, {name: given[name] for name in self.also if given.get(name) is not None})
         x = torch.where(further["observed"], x, torch.zeros_like(x)) if "observed" in further else x
         check_finite(x, argument, numbers)
+        if self.preprocess is not None:
+            self.preprocess.check(x, argument, numbers)
         batch = {"x": x.to(dtype), **further}
         if context is not None or self.context_dim:
             batch["context"] = self._context(context, len(x)).to(dtype)

@@ -408,6 +408,13 @@ def check_choice(argument: str, value: str, choices: Sequence[str], known_as: Ma
         raise ValueError(f"`{argument}` is {value!r}, which is unknown{nearest(str(value), choices)}")
 
 
+def kind_of(given: Any) -> str:
+    """What an error calls something that is no model: its type, or the class that was meant to be called."""
+    return (
+        f"the class {given.__name__}; did you mean {given.__name__}(...)?" if isinstance(given, type) else type(given).__name__
+    )
+
+
 def check_positive(argument: str, value: float | None, *, allow_none: bool = False, integer: bool = True) -> None:
     """Raise ValueError unless ``value`` is a positive number (an integer unless said)."""
     if value is None and allow_none:

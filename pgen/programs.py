@@ -910,8 +910,13 @@ def check_support(where: str, fn: Any, value: Tensor, mask: Any = None, numbers:
     bad = value[first]
     got = f"{float(bad):g}" if bad.dim() == 0 else f"values {[round(float(v), 4) for v in bad.reshape(-1)[:4]]}"
     row = first[0] if first else 0
+    where_in = ""
+    if hasattr(support, "of_column"):  # columns of several kinds
+        column = int((~inside[row]).flatten().nonzero()[0, 0])
+        support, where_in = support.of_column(column), f", column {column}"
+    at = f"{row if numbers is None else int(numbers[row])}{where_in}"
     raise ValueError(
-        f"{where}: data row {row if numbers is None else int(numbers[row])} holds {got}, outside the support {support} of "
+        f"{where}: data row {at} holds {got}, outside the support {support} of "
         f"{type(base).__name__} ({int((~inside).sum())} such values); transform the data or choose another likelihood"
     )
 

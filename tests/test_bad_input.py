@@ -618,3 +618,94 @@ def test_a_flow_that_is_told_nothing_holds_rows_out_and_any_word_of_it_is_heard(
     assert fit() == (45, 5, True)
     assert fit(epochs=2) == fit(steps=2) == fit(validation=0) == (50, 0, False)
     assert fit(validation=x[:7]) == (50, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "bad", "match"),
+    [
+        (pgen.data.Dequantize(5), 5.0, r"`x` has 5 in row 2; expected whole numbers from 0 to 4$"),
+        (
+            pgen.data.Compose([pgen.data.Dequantize(5), pgen.data.Standardize()]),
+            0.5,
+            "`x` has 0.5 in row 2; expected whole numbers",
+        ),
+        (pgen.data.Logit(0.05), 1.25, r"`x` should lie in \[0, 1\] for Logit, got values from 0 to 1.25; rescale it"),
+    ],
+)
+def test_a_question_is_held_to_the_domain_of_the_preprocessing_as_a_fit_is(preprocess, bad, match):
+    x = torch.randint(0, 2, (40, 2), generator=torch.Generator().manual_seed(0)).float()
+    model = pgen.models.Gaussian((2,), preprocess=preprocess)
+    model.fit(x, progress=False)
+    x[2, 1] = bad
+    with refused(match):
+        model.log_prob(x)
+
+
+def test_a_fit_names_its_own_argument_where_preprocessing_refuses_it():
+    with refused("`data` has 0.5 in row 0; expected whole numbers from 0 to 4; multiply by 4"):
+        pgen.models.Gaussian((2,), preprocess=pgen.data.Dequantize(5)).fit(torch.full((9, 2), 0.5))
+
+
+def test_a_column_outside_its_support_is_named():
+    x = torch.tensor([[0.0, 0.3, 1.0], [1.0, -0.7, 2.0], [0.0, 1.2, 0.0]] * 4)
+    columns = ["binary", "continuous", ("categorical", 3)]
+    mixture, made = pgen.models.Mixture((3,), 2, columns=columns), pgen.models.MADE((3,), columns=columns)
+    x[7, 2] = 3.0
+    for model in (mixture, made):
+        with refused(r"data row 7, column 2 holds 3, outside the support IntegerInterval\(lower_bound=0, upper_bound=2\) of"):
+            model.fit(x)
+
+
+def test_one_datum_has_no_spread():
+    with refused("`data` has 1 datum, which has no spread; give two or more"):
+        pgen.models.Gaussian((3,)).fit(torch.randn(1, 3))
+
+
+def test_a_question_of_a_kernel_density_names_its_argument():
+    kde = pgen.models.KernelDensity((2,), bandwidth=0.5)
+    x = torch.randn(9, 2)
+    kde.fit(x)
+    for given in ("eruptions", ["a"], 1, [0.5]):
+        with refused(r"`given` should be some, not all, of the columns 0 to 1, each once, got"):
+            kde.conditional_log_prob(x, given=given)
+    with refused("`values` is one number"):
+        kde.conditional_sample(3.5, given=[0])
+    with refused(r"`group` should be whole numbers, .* got torch.float32 of shape \(9,\)"):
+        kde.fit({"x": x, "group": torch.zeros(9)})
+    with refused(r"`bandwidth` should be .*, got \['a', 'b'\]"):
+        pgen.models.KernelDensity((2,), bandwidth=["a", "b"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "a"])
+def test_moments_are_numbers(bad):
+    with refused(f"`moments` should be finite numbers, got {bad} for x"):
+        pgen.models.MaximumEntropy((1,), ["x"], values=range(1, 7)).match({"x": bad})
+
+
+def test_models_to_choose_or_mix_are_models():
+    gaussian = pgen.models.Gaussian((2,))
+    with refused("`models` should be a dict of models, .* got list"):
+        pgen.choose([pgen.models.GaussianMixture((2,), 2)], torch.zeros(3, 2), torch.zeros(3, 2))
+    with refused(r"`models\['g'\]` should be a model, got the class Gaussian; did you mean Gaussian\(...\)\?", TypeError):
+        pgen.choose({"g": pgen.models.Gaussian}, torch.zeros(3, 2), torch.zeros(3, 2))
+    with refused(r"component 1 should be a model of pgen, got the class Gaussian; did you mean Gaussian\(...\)\?", TypeError):
+        pgen.models.MixtureOf([gaussian, pgen.models.Gaussian])
+    with refused(r"`components` should be a list of models, got Gaussian; did you mean \[Gaussian\(...\), ...\]\?", TypeError):
+        pgen.models.MixtureOf(gaussian)
+
+
+def test_classes_are_numbered():
+    def make(k):
+        return pgen.models.Gaussian((2,))
+
+    with refused("`y` should hold numbers, got list of <U1; number the classes 0 to 1", TypeError):
+        pgen.GenerativeClassifier(make, num_classes=2).fit(torch.randn(4, 2), ["a", "b", "a", "b"])
+    with refused("`num_classes` should be two or more, got 1"):
+        pgen.GenerativeClassifier(make, num_classes=1)
+    with refused("`prefix` should be one tensor or array, got dict", TypeError):
+        pgen.models.HiddenMarkov((5, 2), 3, "bernoulli").next({"x": torch.zeros(1, 2, 2)})
+
+
+def test_smoothing_is_no_negative_count():
+    with refused("`smoothing` should be a number from 0 up, got -1"):
+        pgen.models.Mixture((3,), 2, smoothing=-1)

@@ -101,7 +101,7 @@ def test_kinds_side_by_side_multiply():
     torch.testing.assert_close(model.log_prob(x).value, torch.logsumexp(log_p + model.weights().log(), 1))
     drawn = model.sample(500, seed=1)
     assert set(drawn[:, 1].tolist()) <= {0.0, 1.0, 2.0, 3.0} and set(drawn[:, 2].tolist()) == {0.0, 1.0}
-    with pytest.raises(ValueError, match=r"data row 1 holds 4, outside the support"):
+    with pytest.raises(ValueError, match=r"data row 1, column \d+ holds 4, outside the support"):
         model.log_prob(torch.tensor([[0.0, 1.0, 1.0], [0.0, 4.0, 1.0]], dtype=torch.float64))
 
 

@@ -47,7 +47,17 @@ class Transform(nn.Module):
     def fit(self, x: Tensor) -> Transform:
         """Learn from training data what the map needs, and check that x lies in its domain."""
         check_finite(x, "x")
+        self.check(x)
         return self
+
+    def check(self, x: Tensor, name: str = "x", numbers: Tensor | None = None) -> None:
+        """Refuse x, ``(N, *event)``, outside the domain of the map; here every number is in it.
+
+        Args:
+            x: The data.
+            name: What an error calls them.
+            numbers: Those of the rows, where they are not 0, 1, ...
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """The transformed data y, ``(N, *event)``."""
@@ -164,20 +174,19 @@ class Dequantize(Transform):
         """A bound: the noise is averaged outside the logarithm."""
         return "lower_bound"
 
-    def fit(self, x: Tensor) -> Dequantize:
+    def check(self, x: Tensor, name: str = "x", numbers: Tensor | None = None) -> None:
         """Check that x holds whole numbers in [0, levels).
 
         Raises:
             ValueError: If some value does not.
         """
-        super().fit(x)
         x = x.to(self._dtype(x))
         off = (x < 0) | (x >= self.levels) | (x % 1 != 0)
         if bool(off.any()):
             row, value = int(off.nonzero()[0, 0]), x[off][0].item()
+            row = row if numbers is None else int(numbers[row])
             hint = f"; multiply by {self.levels - 1}?" if 0 <= float(x.min()) and float(x.max()) <= 1 else ""
-            raise ValueError(f"`x` has {value:g} in row {row}; expected whole numbers from 0 to {self.levels - 1}{hint}")
-        return self
+            raise ValueError(f"`{name}` has {value:g} in row {row}; expected whole numbers from 0 to {self.levels - 1}{hint}")
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Add noise from torch's global generator to x, ``(N, *event)``."""
@@ -221,19 +230,17 @@ class Logit(Transform):
             raise ValueError(f"`alpha` should lie strictly between 0 and 0.5, got {alpha!r}")
         self.alpha = float(alpha)
 
-    def fit(self, x: Tensor) -> Logit:
+    def check(self, x: Tensor, name: str = "x", numbers: Tensor | None = None) -> None:
         """Check that x lies in [0, 1].
 
         Raises:
             ValueError: If some value does not.
         """
-        super().fit(x)
         if bool(((x < 0) | (x > 1)).any()):
             raise ValueError(
-                f"`x` should lie in [0, 1] for Logit, got values from {float(x.min()):g} to {float(x.max()):g}; "
+                f"`{name}` should lie in [0, 1] for Logit, got values from {float(x.min()):g} to {float(x.max()):g}; "
                 "rescale it, or put Dequantize(levels) first"
             )
-        return self
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The log-odds of s, for x ``(N, *event)`` in [0, 1]."""
@@ -285,6 +292,11 @@ class Compose(Transform):
             for part in self._parts():
                 x = part.fit(x)(x)
         return self
+
+    def check(self, x: Tensor, name: str = "x", numbers: Tensor | None = None) -> None:
+        """Refuse x outside the domain of the first part."""
+        for part in self._parts()[:1]:
+            part.check(x, name, numbers)
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Apply every part in turn to x, ``(N, *event)``."""

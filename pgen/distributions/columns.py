@@ -150,6 +150,10 @@ class _Each(constraints.Constraint):
         columns = value.reshape(-1, len(self.numbers)).unbind(1)
         return torch.stack([self.parts[n].check(column) for n, column in zip(self.numbers, columns)], 1).reshape(value.shape)
 
+    def of_column(self, column: int) -> Any:
+        """The constraint of one column."""
+        return self.parts[self.numbers[column]]
+
     def __repr__(self) -> str:
         return "[that of its column]"
 

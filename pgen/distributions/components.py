@@ -34,6 +34,7 @@ __all__ = [
     "Arrays",
     "BernoulliComponents",
     "CategoricalComponents",
+    "ColumnSupports",
     "Columns",
     "Components",
     "GaussianComponents",
@@ -555,7 +556,7 @@ class Columns(Components):
             self.register_buffer(f"columns_{i}", torch.tensor(list(part)), persistent=False)
         self.back: Tensor
         self.register_buffer("back", torch.tensor(sorted(range(len(order)), key=order.__getitem__)), persistent=False)
-        self.support = _Each([part.support for part in parts], columns)
+        self.support = ColumnSupports([part.support for part in parts], columns)
 
     def _kinds(self) -> list[tuple[Any, Tensor]]:
         """Components of each kind and their columns."""
@@ -602,7 +603,7 @@ def _at(observed: Tensor | None, columns: Tensor) -> Tensor | None:
     return None if observed is None else observed[..., columns]
 
 
-class _Each(Constraint):
+class ColumnSupports(Constraint):
     """Columns of several kinds."""
 
     def __init__(self, kinds: Sequence[Constraint], columns: Sequence[Sequence[int]]) -> None:
@@ -614,6 +615,10 @@ class _Each(Constraint):
         for kind, columns in zip(self.kinds, self.columns):
             inside[..., list(columns)] = kind.check(value[..., list(columns)])
         return inside
+
+    def of_column(self, column: int) -> Constraint:
+        """The constraint of one column."""
+        return next(kind for kind, columns in zip(self.kinds, self.columns) if column in columns)
 
     def __repr__(self) -> str:
         return ", ".join(f"{kind} in columns {list(columns)}" for kind, columns in zip(self.kinds, self.columns))

@@ -98,6 +98,8 @@ class LinearGaussian(dist.TorchDistribution):
 
 def check_spread(x: Tensor, sd: Tensor) -> None:
     """Refuse data ``(N, D)`` with a column that is constant up to rounding, given the standard deviations ``sd`` ``(D,)``."""
+    if len(x) == 1:
+        raise ValueError("`data` has 1 datum, which has no spread; give two or more")
     constant = sd <= 1e-10 * x.abs().amax(0)
     if bool(constant.any()):
         number = int(constant.nonzero()[0, 0])

@@ -111,7 +111,10 @@ def assess(probs: Any, labels: Any, *, bins: int = 15, kind: Kind = "exact", log
 
 def check_labels(argument: str, labels: Any, length: int, classes: int) -> Tensor:
     """Labels as integers 0, ..., ``classes`` - 1, one a datum; refused in one line otherwise."""
-    y = as_batch(labels, name=argument)
+    try:
+        y = as_batch(labels, name=argument)
+    except TypeError as error:
+        raise TypeError(f"{error}; number the classes 0 to {classes - 1}") from None
     if not isinstance(y, Tensor) or y.dim() != 1 or len(y) != length:
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"`{argument}` should be one class for each of {length} data, shape ({length},), got {shape}")

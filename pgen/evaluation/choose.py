@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Seed, check_choice
+from ..contracts import Seed, check_choice, kind_of
 from ..training.progress import Progress
 from .compare import Comparison, compare
 from .units import QUIET_SECONDS
@@ -108,10 +108,12 @@ def choose(
         '2'
     """
     if not isinstance(models, Mapping) or not models:
-        raise ValueError(
-            f"`models` should be a dict of models, such as {{2: GaussianMixture((5,), 2), 3: ...}}, got {models!r:.60}"
-        )
+        got = "an empty one" if isinstance(models, Mapping) else kind_of(models)
+        raise ValueError(f"`models` should be a dict of models, such as {{2: GaussianMixture((5,), 2), 3: ...}}, got {got}")
     check_choice("rule", rule, RULES)
+    for name, model in models.items():
+        if isinstance(model, type) or not hasattr(model, "fit"):
+            raise TypeError(f"`models[{name!r}]` should be a model, got {kind_of(model)}")
     named = {str(name): model for name, model in models.items()}
     given = {} if context is None else {"context": context}
     with Progress(len(named), progress, QUIET_SECONDS) as bar:

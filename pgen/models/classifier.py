@@ -282,6 +282,8 @@ COMPOSITES["classifier"] = _load
 def _members(models: Any, num_classes: int | None) -> tuple[list[GenerativeModel], int]:
     """The models and the number of classes, checked."""
     check_positive("num_classes", num_classes, allow_none=True)
+    if num_classes == 1:
+        raise ValueError("`num_classes` should be two or more, got 1")
     if isinstance(models, GenerativeModel):
         if models.context_dim < 2 or num_classes not in (None, models.context_dim):
             raise ValueError(

@@ -283,7 +283,9 @@ class HiddenMarkov(GenerativeModel):
         Returns:
             A distribution over one frame, batch shape ``(N,)``: ``.log_prob``, ``.sample``; of single categories ``.probs``.
         """
-        given = torch.as_tensor(as_batch(prefix))
+        given = as_batch(prefix, name="prefix")
+        if not isinstance(given, Tensor):
+            raise TypeError(f"`prefix` should be one tensor or array, got {type(given).__name__}")
         check_event_shape("prefix", given, (*given.shape[1:2], *self.event_shape[1:]))
         check_finite(given, "prefix")
         given = self._like(given)

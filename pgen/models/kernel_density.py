@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -385,7 +385,7 @@ class KernelDensity(GenerativeModel):
         self._refuse_empty()
         order, known = self._order(given)
         like = self.points
-        values = torch.as_tensor(as_batch(values)).to(like)
+        values = torch.as_tensor(as_batch(values, name="values")).to(like)
         if values.dim() != 2 or values.shape[1] != known:
             raise ValueError(
                 f"`values` should have shape (B, {known}), one for each column in `given`, got {tuple(values.shape)}"
@@ -429,11 +429,13 @@ class KernelDensity(GenerativeModel):
 
     def _order(self, given: Sequence[int]) -> tuple[list[int], int]:
         """Columns, given ones first, and how many those are."""
-        columns, total = [int(i) for i in given], len(self.columns)
+        total = len(self.columns)
         if self.context_dim or self.preprocess is not None:
             raise ValueError("`given` goes with a model without context and without preprocess; ask for log_prob(x, context)")
-        if not columns or len(set(columns)) < len(columns) or not all(0 <= i < total for i in columns) or len(columns) == total:
-            raise ValueError(f"`given` should be some, not all, of the columns 0 to {total - 1}, each once, got {list(given)}")
+        columns = given.tolist() if isinstance(given, Tensor) else list(given) if isinstance(given, Iterable) else []
+        if not columns or len(set(columns)) < len(columns) or not set(columns) < set(range(total)):
+            raise ValueError(f"`given` should be some, not all, of the columns 0 to {total - 1}, each once, got {given!r}")
+        columns = [int(i) for i in columns]
         return columns + [i for i in range(total) if i not in columns], len(columns)
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -496,7 +498,8 @@ class KernelDensity(GenerativeModel):
         if "row" in found and (found["row"].dim() != 1 or found["row"].is_floating_point()):
             raise ValueError("`row` should be the integer number of the point that each datum leaves out, -1 for none")
         if "group" in found and (found["group"].dim() != 1 or found["group"].is_floating_point()):
-            raise ValueError("`group` should be whole numbers, one a datum, shape (N,): the group that it is of")
+            got = f"{found['group'].dtype} of shape {tuple(found['group'].shape)}"
+            raise ValueError(f"`group` should be whole numbers, one a datum, shape (N,): the group that it is of; got {got}")
         return found
 
     def save(self, path: str | Path) -> None:
@@ -524,7 +527,10 @@ def _rule(bandwidth: Any, kernel: Kernel, size: int) -> tuple[str, Tensor | None
     if isinstance(bandwidth, str):
         check_choice("bandwidth", bandwidth, RULES)
         return bandwidth, None
-    given = torch.as_tensor(bandwidth, dtype=torch.float64, device="cpu").detach()
+    try:
+        given = torch.as_tensor(bandwidth, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError):
+        raise ValueError(f"`bandwidth` should be a number, {size} of them or a matrix, got {bandwidth!r:.60}") from None
     if given.shape not in ((), (size,), (size, size)):
         raise ValueError(
             f"`bandwidth` should be a number, {size} of them or a {size} x {size} matrix, got {tuple(given.shape)}"

@@ -251,6 +251,9 @@ class MaximumEntropy(GenerativeModel):
             moments = [moments[name] for name in self.names]
         if len(moments) != len(self.names):
             raise ValueError(f"`moments` has {len(moments)} numbers for {len(self.names)} features ({', '.join(self.names)})")
+        for name, moment in zip(self.names, moments):
+            if isinstance(moment, str) or not math.isfinite(moment):
+                raise ValueError(f"`moments` should be finite numbers, got {moment} for {name}")
         target = torch.tensor([float(m) for m in moments], dtype=torch.float64, device=self.natural.device)
         with torch.no_grad():
             self._match(target, *self._start(target))

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from ..base import FAMILIES, GenerativeModel
-from ..contracts import Batch, NotAvailable, Seed, check_positive, nearest
+from ..contracts import Batch, NotAvailable, Seed, check_positive, kind_of, nearest
 from ..data.batches import key
 from ..data.transforms import Transform
 from ..distributions.columns import Kind, plain_columns
 from ..distributions.components import (
     Arrays,
     Columns,
+    ColumnSupports,
     Components,
     GaussianComponents,
     InComponent,
@@ -202,6 +203,10 @@ class _Flat(Constraint):
     def check(self, value: Tensor) -> Tensor:
         """For each number, whether it may be."""
         return self.kinds.check(value.flatten(-self.event_dims)).view(value.shape)
+
+    def of_column(self, column: int) -> Constraint:
+        """The constraint of one number."""
+        return self.kinds.of_column(column) if isinstance(self.kinds, ColumnSupports) else self.kinds
 
     def __repr__(self) -> str:
         return repr(self.kinds)
@@ -409,6 +414,8 @@ class Mixture(_VectorMixture):
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("num_components", num_components)
         check_positive("restarts", restarts)
+        if not smoothing >= 0:
+            raise ValueError(f"`smoothing` should be a number from 0 up, got {smoothing!r}")
         self.num_components, self.restarts, self.smoothing, self.floor = num_components, restarts, smoothing, floor
         self.likelihood = likelihood or ("bernoulli" if columns is None else None)
         self.num_classes, self.columns = num_classes, plain_columns(columns)
@@ -511,6 +518,9 @@ class MixtureOf(_Mixture):
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
+        if isinstance(components, nn.Module):
+            own = type(components).__name__
+            raise TypeError(f"`components` should be a list of models, got {own}; did you mean [{own}(...), ...]?")
         models = [_component(number, each) for number, each in enumerate(components)]
         if not models:
             raise ValueError("`components` is empty; give models, such as [Gaussian((2,)), Gaussian((2,))]")
@@ -548,7 +558,7 @@ def _component(number: int, given: Any) -> GenerativeModel:
     if isinstance(given, GenerativeModel):
         return given
     if not isinstance(given, dict):
-        raise TypeError(f"component {number} should be a model of pgen, got {type(given).__name__}")
+        raise TypeError(f"component {number} should be a model of pgen, got {kind_of(given)}")
     if given["family"] not in FAMILIES:
         raise ValueError(f"component {number} is of an unknown family {given['family']!r}{nearest(given['family'], FAMILIES)}")
     return FAMILIES[given["family"]](**given["settings"])
