@@ -585,7 +585,8 @@ def _conditioned(source: str, loaded: Loaded, names: tuple[str, ...]) -> tuple[C
         return None, loaded
     if loaded.labels is None:
         raise ValueError(
-            f"{source} has no columns for a context; give a table (.csv), or an .npz of arrays 'x' and 'context' and no --context"
+            f"{source} has no columns for a context; give a table (.csv), or leave --context out and give an .npz with the "
+            "arrays 'x' and 'context'"
         )
     if names != (_LABEL,):
         raise ValueError(f"{source} has classes to condition on, called {_LABEL!r}; got --context {','.join(names)}")
@@ -865,7 +866,7 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
         data = batch(source, record)
         if seen and not _same(data, seen[0]):
             raise ValueError(
-                f"{folders[0]} and {folder} see {source} differently prepared; fit both to the same columns with the same --likelihood"
+                f"{folders[0]} and {folder} see {source} differently; fit both to the same columns with the same --likelihood"
             )
         seen.append(data)
         scores[folder] = model.log_prob(data, **options)
