@@ -624,6 +624,8 @@ class GenerativeModel(_Questions, PyroModule):
     """
     stepwise: ClassVar[bool] = False
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
+    columns_of_context: ClassVar[bool] = False
+    """Whether the setting ``columns`` goes on to say what each number of the context holds."""
     has_density: ClassVar[bool] = True
     """Whether there is a ``log_prob`` at all."""
     real_likelihood: ClassVar[str] = "gaussian"

@@ -65,6 +65,10 @@ Categorical = Annotated[
     str | None, typer.Option("--categorical", metavar="A,B", help="Columns of numbers that are categories; text always is.")
 ]
 Complete = Annotated[bool, typer.Option("--complete", help="Leave out rows of a table that have missing entries.")]
+Context = Annotated[
+    str | None,
+    typer.Option("--context", metavar="A,B", help="Columns to condition the others on; `label` of the digits: their classes."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Keys every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 
@@ -132,6 +136,7 @@ def fit(
     without: Without = None,
     categorical: Categorical = None,
     complete: Complete = False,
+    context: Context = None,
     guide: Annotated[str | None, typer.Option("--guide", help="For your own model: mean_field, full_rank or flow.")] = None,
     pictures: Annotated[
         int | None, typer.Option("--pictures", metavar="STEPS", help="Draw samples into OUT/progress every so many steps.")
@@ -147,7 +152,7 @@ def fit(
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
         reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
-        _refuse("a program of your own", options | reads | {"--pictures": pictures})
+        _refuse("a program of your own", options | reads | {"--context": context, "--pictures": pictures})
         subject = runs.Subject.program(source, _required(data, "--data", "a program of your own"), guide)
     else:
         _refuse("a family", {"--data": data, "--guide": guide, source[-1]: source[1:] or None})
@@ -155,16 +160,20 @@ def fit(
         for option, value in (("latent_dim", latent_dim), ("likelihood", likelihood)):
             if value is not None and given.setdefault(option, value) != value:
                 raise ValueError(f"--set and --{option.replace('_', '-')} say different things: {given[option]} and {value}")
-        reading = _reading(columns, without, categorical, complete)
+        reading = _reading(columns, without, categorical, complete, context)
         subject = runs.Subject.family(source[0], model, given, seed, reading)
         if subject.about["data"]["held"] and not quiet:
             _say(f"columns: {subject.about['data']['held']}")
+        if (found := runs.context_of(subject.about)) and not quiet:
+            _say(f"context: {found.words()}")
     code = 0
+    if pictures is not None:
+        progress = pgen.plots.Pictures(subject.model, out / runs.PROGRESS, every=pictures, context=subject.contexts(64))
     try:
         subject.model.fit(
             subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
             seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
-            callbacks=[pgen.plots.Pictures(subject.model, out / runs.PROGRESS, every=pictures)] if pictures is not None else (),
+            callbacks=() if pictures is None else [progress],
         )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 143 if isinstance(stop, SystemExit) else 130
@@ -177,7 +186,13 @@ def fit(
 @app.command()
 def sample(
     folder: Folder,
-    num: Annotated[int, typer.Option("-n", "--num", help="How many.")] = 64,
+    num: Annotated[
+        int | None, typer.Option("-n", "--num", help="How many, at each context; 64, or one for each row of --given DATA.")
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--given", metavar="A=1,B=x | DATA", help="The context to draw at; or a table, each row of which is one."),
+    ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw them here; RUN/samples.png if no file is named.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write them here, as .npy or .csv.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="For your own program: the data that it is given.")] = None,
@@ -187,22 +202,23 @@ def sample(
 ) -> Result:
     """Draw new data from a fitted model; for a program of your own, replicates of its data."""
     fitted, record = runs.open_run(folder, program)
+    context: dict[str, list[str]] = {}
     if "file" in record["model"]:
-        x = _replicates(fitted, runs.batch(_required(data, "--data", "replicates"), record), num, seed)
+        _refuse("a program of your own", {"--given": given})
+        x = _replicates(fitted, runs.batch(_required(data, "--data", "replicates"), record), 64 if num is None else num, seed)
     else:
         _refuse("a family", {"--data": data})
-        x = fitted.sample(num, seed=seed)
+        x, context = runs.sample(fitted, record, given or (), num, seed)
     png = folder / "samples.png" if png is None and out is None else png
     columns = record["data"].get("columns") if "family" in record["model"] else None
     if out is not None:
-        _write_rows(out, x, columns, runs.table_of(record))
+        _write_rows(out, x, columns, runs.table_of(record), context)
     if png is not None:
         pgen.plots.save(pgen.plots.sample_grid(x, names=columns), png)
     files = [str(path) for path in (png, out) if path is not None]
-    result = {"command": "sample", "num": num, "shape": list(x.shape), "seed": seed, "files": files}
-    return Result(
-        result, lambda console: _facts(console, {"samples": f"{num} of shape {tuple(x.shape[1:])}", "written": files})
-    )
+    result = {"command": "sample", "num": len(x), "shape": list(x.shape), "seed": seed, "given": given or [], "files": files}
+    facts = {"samples": f"{len(x)} of shape {tuple(x.shape[1:])}", "given": given, "written": files}
+    return Result(result, lambda console: _facts(console, facts))
 
 
 @app.command()
@@ -248,6 +264,7 @@ def compare(
     without: Without = None,
     categorical: Categorical = None,
     complete: Complete = False,
+    context: Context = None,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Latent draws a datum, where there are latents.")] = 100,
     seed: Seed = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
@@ -261,7 +278,7 @@ def compare(
     if models is None:
         _refuse("fitted runs", {"--epochs": epochs, "--batch-size": batch_size, "--set": settings, "--likelihood": likelihood})
         reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
-        _refuse("fitted runs", reads)
+        _refuse("fitted runs", reads | {"--context": context})
         if len(source) < 3:
             raise ValueError(
                 "name families, `pgen compare DATA --models gaussian,vae`, or two runs: `pgen compare RUN1 RUN2 DATA`"
@@ -272,12 +289,14 @@ def compare(
         names = runs.check_models(models)
         given = runs.parse_each(settings or [], names)
         training = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": not quiet}
-        reading = _reading(columns, without, categorical, complete)
+        reading = _reading(columns, without, categorical, complete, context)
         parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True)
+        if parts.context is not None and not quiet:
+            _say(f"context: {parts.context.words()}")
         fitted, about, failed = runs.fit_each(parts, names, given, training, None if quiet else _say)
         if not fitted:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-        found = pgen.compare(fitted, parts.x[2], **options)
+        found = pgen.compare(fitted, parts.batch(2), **options)
         runs.save_models(out, fitted)
     result = {"command": "compare", "data": source[-1], **found.to_dict(), "fits": about, "not_fitted": failed}
     result["files"] = runs.save_comparison(out, found, result)
@@ -290,13 +309,15 @@ def compare(
     return Result(result, show, int(bool(failed)))
 
 
-def _reading(columns: str | None, without: str | None, categorical: str | None, complete: bool) -> runs.Reading:
+def _reading(
+    columns: str | None, without: str | None, categorical: str | None, complete: bool, context: str | None
+) -> runs.Reading:
     """Names separated by commas, as tuples."""
 
     def names(text: str | None) -> tuple[str, ...]:
         return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
-    return runs.Reading(names(columns) or None, names(without), names(categorical), complete)
+    return runs.Reading(names(columns) or None, names(without), names(categorical), complete, names(context))
 
 
 def _say(line: str) -> None:
@@ -357,12 +378,12 @@ def evaluate(
     held = runs.held_out(data, train, record)
     if features == "classifier" and held.labels is None:
         raise ValueError("--features classifier needs training data with classes, which these have not; take pca or pixels")
-    x = fitted.sample(min(num, len(held.real)), seed=seed)
+    x = held.sample(fitted, num, seed)
     labels = held.labels if features == "classifier" else None
     found = samples.evaluate(
         x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
     )
-    log_prob = runs.likelihood(fitted, held.real, num_samples=num_samples, seed=seed, progress=not quiet)
+    log_prob = runs.likelihood(fitted, held.batch, num_samples=num_samples, seed=seed, progress=not quiet)
     if png is not None:
         pgen.plots.save(pgen.plots.samples_and_neighbours(found, record["data"].get("columns")), png)
     if markdown is not None:
@@ -435,22 +456,24 @@ def _replicates(pair: Any, batch: Batch, num: int, seed: int) -> Tensor:
     return next(iter(sites.values()))
 
 
-def _write_rows(path: Path, x: Tensor, columns: Sequence[str] | None, table: Table | None = None) -> None:
-    """Write rows as numbers; in a ``.csv`` the categories of a table as its texts."""
+def _write_rows(
+    path: Path, x: Tensor, columns: Sequence[str] | None, table: Table | None = None, beside: dict[str, list[str]] | None = None
+) -> None:
+    """Write rows as numbers; in a ``.csv`` the categories of a table as its texts, and columns of text ``beside`` them."""
     import csv
 
     import numpy as np
 
-    rows = x.detach().cpu().numpy()
     if path.suffix == ".npy":
-        np.save(path, rows, allow_pickle=False)
-    elif path.suffix == ".csv" and table is not None and columns:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([list(columns), *table.rows(x)])
+        np.save(path, x.detach().cpu().numpy(), allow_pickle=False)
     elif path.suffix == ".csv":
-        flat = rows.reshape(len(rows), -1)
-        names = columns or [f"x{i}" for i in range(flat.shape[1])]
-        np.savetxt(path, flat, fmt="%.9g", delimiter=",", header=",".join(names), comments="")
+        flat = x.reshape(len(x), -1)
+        as_text = table is not None and columns
+        cells = table.rows(x) if as_text else [[f"{value:.9g}" for value in row] for row in flat.tolist()]
+        header = [*(columns or [f"x{i}" for i in range(flat.shape[1])]), *(beside or ())]
+        with path.open("w", encoding="utf-8", newline="") as file:
+            rows = ([*row, *more] for row, more in zip(cells, zip(*beside.values()))) if beside else cells
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
     else:
         raise ValueError(f"--out should end in .npy or .csv, got {str(path)!r}")
 
@@ -578,6 +601,7 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
         "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
         "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
         "columns": data["held"],
+        "context": context.words() if (context := runs.context_of(record)) else "",
         name: f"{_number(value)}{error}{unit} ({done['bound_of']})",
         "training": f"{done['steps']} steps, {_number(done['epochs'], 1)} epochs, {_number(done['seconds'], 1)} s",
         "seed": str(done["seed"]),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import pgen
 from pgen.contracts import Batch, Run, check_choice, nearest
-from pgen.data import Loaded, Table
+from pgen.data import ContextColumns, Loaded, Table
 from pgen.distributions.observation import LEVELS
 from pgen.evaluation.compare import Comparison
 from pgen.training.checkpoint import Checkpoint
@@ -50,8 +50,10 @@ __all__ = [
     "check_models",
     "check_settings",
     "compare_runs",
+    "context_of",
     "discard_checkpoint",
     "fit_each",
+    "given",
     "has_checkpoint",
     "held_out",
     "likelihood",
@@ -60,6 +62,7 @@ __all__ = [
     "parse_settings",
     "plain",
     "read_record",
+    "sample",
     "save_comparison",
     "save_models",
     "save_run",
@@ -76,6 +79,8 @@ VALIDATION_SHARE = 0.1
 """Of data without a split of their own, drawn by the seed: held out while a family is fitted."""
 TEST_SHARE = 0.2
 """Of such data, held out for a comparison."""
+_LABEL = "label"
+"""What the classes of data that are no table are called as a context."""
 SPLITS = {"digits": pgen.data.digits}
 """Bundled sets that are split: bare names are fitted on ``:train`` and ``:validation`` and judged on ``:test``."""
 SHORT = {
@@ -174,15 +179,15 @@ class Subject:
 
     Attributes:
         model: A family or a ``Pair``.
-        train: The data to fit.
-        validation: Held-out data; None for a program of the user's own.
+        train: The data to fit; of a family with a context a dict of ``x`` and ``context``.
+        validation: Held-out data, alike; None for a program of the user's own.
         labels: Classes of ``train`` where the source has them.
         about: The parts ``model`` and ``data`` of the record.
     """
 
     model: Any
     train: Any
-    validation: Tensor | None
+    validation: Any
     labels: Tensor | None
     about: dict[str, dict[str, Any]]
 
@@ -212,7 +217,10 @@ class Subject:
         """A family for data that are held out already."""
         family, prepared = pgen.models.REGISTRY[name], dict(parts.prepared)
         settings = parts.columned(name, {**({"likelihood": parts.asked} if parts.asked else {}), **settings}, alike=alike)
+        settings = parts.conditioned(name, settings)
         found = {**family.suggest(torch.cat(parts.x), settings), **settings}
+        if parts.context is not None and family.columns_of_context:
+            found = _with_kinds(found, parts.context, math.prod(parts.x[0].shape[1:]))
         if "levels" in prepared and "num_classes" in found:
             found["num_classes"] = settings.get("num_classes", prepared["levels"])
         accepted, make = inspect.signature(family).parameters, cast(Any, family)
@@ -223,9 +231,14 @@ class Subject:
         model = make(tuple(parts.x[0].shape[1:]), **given)
         prepared |= _preprocessed(model.preprocess)
         data = {**_about(parts.source, parts.loaded), "validation": len(parts.x[1]), "prepared": prepared, "given": "whole"}
-        data |= parts.told(model)
+        data |= {"shape": list(parts.x[0].shape[1:]), **parts.told(model)}
         about = {"model": {"family": name, "settings": model.settings()}, "data": data}
-        return cls(model, parts.x[0], parts.x[1], parts.loaded.labels, about)
+        return cls(model, parts.batch(0), parts.batch(1), parts.loaded.labels, about)
+
+    def contexts(self, num: int) -> Tensor | None:
+        """The contexts of the first ``num`` training data, over again where they are fewer; None without a context."""
+        found = self.train["context"] if _is_conditioned(self.train) else None
+        return None if found is None else found[torch.arange(num) % len(found)]
 
     @classmethod
     def program(cls, specs: Sequence[str], source: str, rung: str | None) -> Subject:
@@ -238,6 +251,7 @@ class Subject:
             "model": {**own.describe(), "guide": rung},
             "data": {**_about(source, loaded), "validation": 0, "prepared": {}, "given": given, "categories": None, "held": ""},
         }
+        about["data"]["context"] = None
         return cls(own.pair(rung), _arguments(loaded, given), None, loaded.labels, about)
 
 
@@ -251,6 +265,9 @@ class Parts:
         x: The parts, prepared: to fit, to validate on, and to test on where that was asked for.
         prepared: What was done to the data for the sake of a likelihood.
         asked: The likelihood, where the user said which.
+        table: The columns that are modelled, where the data are a table.
+        context: What the model is conditioned on, if anything.
+        contexts: The context vectors of each part, ``(N, size)``; none without a context.
     """
 
     source: str
@@ -259,18 +276,44 @@ class Parts:
     prepared: dict[str, Any]
     asked: str | None = None
     table: Table | None = None
+    context: ContextColumns | None = None
+    contexts: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(
         cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, density: bool = True
     ) -> Parts:
         """The parts of ``source``: its own split where it has one, else drawn by the seed."""
-        table, loaded = _held_out(source, seed, reading or Reading(), test=test)
-        given = [cast(Tensor, part.data) for part in loaded]
+        table, context, loaded = _held_out(source, seed, reading or Reading(), test=test)
+        given = [_x(part.data) for part in loaded]
         plain = table is None or not (any(table.categories) or table.missing)
         prepared = _observation(torch.cat(given), likelihood)[1] if density and plain else {}
         prepared |= {"complete": True} if reading and reading.complete else {}
-        return cls(source, loaded[0], [_prepare(x, prepared) for x in given], prepared, likelihood, table)
+        contexts = () if context is None else tuple(cast(dict[str, Tensor], part.data)["context"] for part in loaded)
+        x = [_prepare(part, prepared) for part in given]
+        return cls(source, loaded[0], x, prepared, likelihood, table, context, contexts)
+
+    def batch(self, number: int) -> Any:
+        """One of the parts, as a family takes it: x, or a dict of x and its context."""
+        return {"x": self.x[number], "context": self.contexts[number]} if self.contexts else self.x[number]
+
+    def conditioned(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings with the size of the context.
+
+        Raises:
+            ValueError: If the family takes no context, or the settings give it another size.
+        """
+        if self.context is None:
+            return settings
+        if not _takes_context(name):
+            takes = [family for family in sorted(pgen.models.REGISTRY) if _takes_context(family)]
+            raise ValueError(f"{name} takes no context: choose {_either(takes)}, or leave --context out")
+        if settings.setdefault("context_dim", self.context.size) != self.context.size:
+            raise ValueError(
+                f"--set context_dim={settings['context_dim']}, and the context has {self.context.size} numbers "
+                f"({self.context.words()}); leave it out"
+            )
+        return settings
 
     def columned(self, name: str, settings: dict[str, Any], *, alike: bool = False) -> dict[str, Any]:
         """Settings with the kinds of columns where the family takes them and they differ.
@@ -294,13 +337,14 @@ class Parts:
 
     def told(self, model: Any) -> dict[str, Any]:
         """What the record says of a table's columns: the texts of categories, and in words what each column was taken as."""
+        context = {"context": None if self.context is None else self.context.to_dict()}
         if self.table is None:
-            return {"categories": None, "held": ""}
+            return {"categories": None, "held": "", **context}
         categories = [list(texts) for texts in self.table.categories]
         if getattr(model, "columns", None) and len(set(self.table.columns)) > 1:
-            return {"categories": categories, "held": self.table.words() + self._codes()}
+            return {"categories": categories, "held": self.table.words() + self._codes(), **context}
         seen = getattr(model, "likelihood", None) or ("categorical" if self.prepared.get("counts") else "continuous")
-        return {"categories": categories, "held": f"{seen}: all {len(categories)}"}
+        return {"categories": categories, "held": f"{seen}: all {len(categories)}", **context}
 
     def _codes(self) -> str:
         """Columns of numbers that look like codes of categories."""
@@ -319,16 +363,24 @@ class Reading:
         without: Names of columns to leave out.
         categorical: Names of columns of numbers that are categories.
         complete: Whether rows with missing entries are left out.
+        context: Names of columns that the others are conditioned on; they need not be among ``columns``.
     """
 
     columns: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     complete: bool = False
+    context: tuple[str, ...] = ()
 
     def table(self, source: str) -> Table:
-        """The table of a file."""
+        """The table of a file, the context's columns among the others."""
         columns = self.columns
+        for name in self.context:
+            check_choice("--context", name, pgen.data.column_names(source))
+            if name in self.without:
+                raise ValueError(f"--context and --without both name {name!r}; take it out of one")
+        if columns is not None:
+            columns += tuple(name for name in self.context if name not in columns)
         if self.without:
             names = columns or pgen.data.column_names(source)
             for name in self.without:
@@ -361,6 +413,22 @@ def _takes_columns(name: str) -> bool:
     return "columns" in inspect.signature(family).parameters and "lengths" not in family.also
 
 
+def _takes_context(name: str) -> bool:
+    """Whether a family that the command line can make takes a context."""
+    return {"context_dim", "event_shape"} <= set(inspect.signature(pgen.models.REGISTRY[name]).parameters)
+
+
+def _with_kinds(settings: dict[str, Any], context: ContextColumns, size: int) -> dict[str, Any]:
+    """Settings of a family whose ``columns`` go on over the context, with the kinds of its numbers if any is no number."""
+    kinds = context.kinds
+    if set(kinds) == {"continuous"}:
+        return settings
+    columns = settings.get("columns") or ["continuous"] * size
+    found = {**settings, "columns": [*columns, *kinds] if len(columns) == size else columns}
+    found.pop("preprocess", None)  # it goes with numbers alone
+    return found
+
+
 def _check_takes(name: str, table: Table) -> None:
     """Refuse categories and missing entries where the family knows neither."""
     families = pgen.models.REGISTRY
@@ -369,7 +437,7 @@ def _check_takes(name: str, table: Table) -> None:
         takes = [family for family in sorted(families) if _takes_columns(family)]
         raise ValueError(
             f"{name} takes numbers alone, and {_listed(texts)} categories: choose {_either(takes)}, or leave such columns "
-            f"out with --without"
+            f"out with --without{', or condition on them with --context' if _takes_context(name) else ''}"
         )
     if empty := next((column for column, count in table.missing.items() if count == len(table.x)), None):
         raise ValueError(f"column {empty!r} is missing in all {len(table.x)} rows; leave it out with --without")
@@ -476,31 +544,86 @@ def _is_table(source: str) -> bool:
     return source.lower().endswith((".csv", ".csv.gz")) and Path(source).is_file()
 
 
-def _held_out(source: str, seed: int, reading: Reading, *, test: bool) -> tuple[Table | None, list[Loaded]]:
-    """The table if it is one, and data to fit, to validate on, and to test on if asked for.
-
-    The parts are the split of the source itself, or shares drawn by the seed.
-    """
-    if not _is_table(source) and reading != Reading():
+def _held_out(
+    source: str, seed: int, reading: Reading, *, test: bool
+) -> tuple[Table | None, ContextColumns | None, list[Loaded]]:
+    """What is modelled, if it is a table; what it is conditioned on; and data to fit, to validate on, and to test on if asked
+    for: the split of the source itself, or shares drawn by the seed."""
+    if _is_table(source):
+        table, context, loaded = _read_table(source, reading)
+        return table, context, _shares(loaded, source, seed, test=test)
+    if replace(reading, context=()) != Reading():
         raise ValueError(f"{source} is no table with named columns; leave --columns, --without, --categorical, --complete out")
     if source in SPLITS and not Path(source).exists():
-        return None, [_load(source, part) for part in (_PARTS if test else _PARTS[:2])]
-    table = reading.table(source) if _is_table(source) else None
-    return table, _shares(_load(source) if table is None else _of_table(table), source, seed, test=test)
+        found = [_conditioned(source, _load(source, part), reading.context) for part in (_PARTS if test else _PARTS[:2])]
+        return None, found[0][0], [loaded for _, loaded in found]
+    context, loaded = _conditioned(source, _load(source), reading.context)
+    return None, context, _shares(loaded, source, seed, test=test)
+
+
+def _read_table(source: str, reading: Reading) -> tuple[Table, ContextColumns | None, Loaded]:
+    """The columns of a table that are modelled, those that they are conditioned on, and both as data."""
+    table = reading.table(source)
+    if not reading.context:
+        return table, None, _of_table(table)
+    table, beside = table.split(reading.context)
+    context = ContextColumns.of(beside)
+    loaded = _of_table(table)
+    return table, context, replace(loaded, data={"x": table.x, "context": context.encode(beside.x)})
+
+
+def _conditioned(source: str, loaded: Loaded, names: tuple[str, ...]) -> tuple[ContextColumns | None, Loaded]:
+    """Data that are no table with their context: an array of that name, or their classes where ``names`` ask for them."""
+    if _is_conditioned(loaded.data):
+        if names:
+            raise ValueError(f"{source} has its context in the array 'context', which is taken as it is; leave --context out")
+        data = cast(dict[str, Tensor], loaded.data)
+        vectors = data["context"].flatten(1) if data["context"].dim() > 1 else data["context"][:, None]
+        vectors = vectors.to(torch.get_default_dtype())
+        return ContextColumns.plain(vectors.shape[1]), replace(loaded, data={"x": data["x"], "context": vectors})
+    if not names:
+        return None, loaded
+    if loaded.labels is None:
+        raise ValueError(
+            f"{source} has no columns for a context; give a table (.csv), or leave --context out and give an .npz with the "
+            "arrays 'x' and 'context'"
+        )
+    if names != (_LABEL,):
+        raise ValueError(f"{source} has classes to condition on, called {_LABEL!r}; got --context {','.join(names)}")
+    context = ContextColumns.classes(_LABEL, int(loaded.labels.max()) + 1)
+    return context, _with_labels(loaded, context)
+
+
+def _with_labels(loaded: Loaded, context: ContextColumns) -> Loaded:
+    """Data with their classes as context."""
+    values = cast(Tensor, loaded.labels)[:, None].to(torch.get_default_dtype())
+    return replace(loaded, data={"x": _x(loaded.data), "context": context.encode(values)})
+
+
+def _is_conditioned(data: Any) -> bool:
+    return isinstance(data, dict) and set(data) == {"x", "context"}
+
+
+def _x(data: Any) -> Any:
+    """What is modelled, of data with or without a context."""
+    return data["x"] if isinstance(data, dict) and "x" in data else data
 
 
 def _shares(loaded: Loaded, source: str, seed: int, *, test: bool) -> list[Loaded]:
     """Data to fit, to validate on, and to test on if asked for, drawn by the seed."""
-    x = loaded.data
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{source} holds several arrays; a family is fitted to one: save it as .npy")
-    held = round(VALIDATION_SHARE * len(x))
-    tested = held + round(TEST_SHARE * len(x)) if test else held
+    data = loaded.data
+    if not isinstance(data, Tensor) and not _is_conditioned(data):
+        raise ValueError(
+            f"{source} holds several arrays; a family is fitted to one: save it as .npy, or as 'x' beside a 'context' in .npz"
+        )
+    count = pgen.data.num_rows(data)
+    held = round(VALIDATION_SHARE * count)
+    tested = held + round(TEST_SHARE * count) if test else held
     if not held:
-        raise ValueError(f"{source} has {len(x)} rows; a family needs at least 6, some of which are held out")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        raise ValueError(f"{source} has {count} rows; a family needs at least 6, some of which are held out")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     parts = [order[tested:], order[:held], order[held:tested]][: 3 if test else 2]
-    return [replace(loaded, data=x[rows], labels=_at(loaded.labels, rows)) for rows in parts]
+    return [replace(loaded, data=pgen.data.rows(data, rows), labels=_at(loaded.labels, rows)) for rows in parts]
 
 
 def _of_table(table: Table) -> Loaded:
@@ -540,6 +663,8 @@ def _observation(x: Any, likelihood: str | None) -> tuple[str, dict[str, Any]]:
 
 def _prepare(x: Any, prepared: dict[str, Any]) -> Any:
     """Data as the model was fitted to: ``prepared`` comes from ``_observation``."""
+    if _is_conditioned(x):
+        return {**x, "x": _prepare(x["x"], prepared)}
     if "binarised_at" in prepared:
         return (x >= float(prepared["binarised_at"])).to(torch.get_default_dtype())
     if "levels" in prepared:
@@ -626,21 +751,32 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
         pictures["game.png" if game else "bound.png"] = lambda: (plots.plot_game if game else plots.plot_bound)(fitted)
     if "family" not in subject.about["model"]:
         return pictures
-    train: Any = subject.train
+    train, names = _x(subject.train), subject.about["data"]["columns"]
     few, many = (24, 64) if train.dim() > 2 else (500, 1000)
-    shown, names = train[:few] if subject.validation is None else subject.validation[:few], subject.about["data"]["columns"]
-    plane = train.shape[1:] == (2,) and all(kind == "continuous" for kind in model.settings().get("columns") or ())
+    shown = pgen.data.rows(subject.validation, slice(few))
+    plane = (
+        not _is_conditioned(subject.train)
+        and train.shape[1:] == (2,)
+        and all(kind == "continuous" for kind in model.settings().get("columns") or ())
+    )
     if plane and model.has_density and not bool(train.isnan().any()):
         score = model.log_prob(train[:2], progress=False)
         if (score.kind, score.measure) == ("exact", "density"):
             pictures["density.png"] = lambda: plots.density(model, train, names=names)
     return pictures | {
-        "samples.png": lambda: plots.sample_grid(model.sample(many, seed=fitted.seed), reference=train[:many], names=names),
-        "reconstructions.png": lambda: plots.reconstructions(shown, model.reconstruct(shown), names=names),
+        "samples.png": lambda: plots.sample_grid(
+            _drawn(model, many, subject.contexts(many), fitted.seed), reference=train[:many], names=names
+        ),
+        "reconstructions.png": lambda: plots.reconstructions(_x(shown), model.reconstruct(shown), names=names),
         "latent.png": lambda: plots.latent_space(
-            model.encode(train[:2000]), _at(subject.labels, torch.arange(len(train))[:2000])
+            model.encode(pgen.data.rows(subject.train, slice(2000))), _at(subject.labels, torch.arange(len(train))[:2000])
         ),
     }
+
+
+def _drawn(model: Any, num: int, context: Tensor | None, seed: int) -> Tensor:
+    """Samples, at contexts where the model has one."""
+    return cast(Tensor, model.sample(num, seed=seed) if context is None else model.sample(num, context=context, seed=seed))
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------------
@@ -702,7 +838,7 @@ def fit_each(
         try:
             model = Subject.of_parts(parts, name, settings[name], training["seed"], alike=alike).model
             options = {k: v for k, v in training.items() if k in ("seed", "progress")} if model.solvable else training
-            run = model.fit(parts.x[0], validation=parts.x[1], **options)
+            run = model.fit(parts.batch(0), validation=parts.batch(1), **options)
         except (ValueError, FloatingPointError) as error:
             failed[name] = str(error)
             if say:
@@ -724,13 +860,13 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
     if len(set(folders)) != len(folders):
         raise ValueError(f"a run is named twice: {' '.join(folders)}")
     scores, about = {}, {}
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     for folder in folders:
         model, record = open_run(Path(folder), None)
         data = batch(source, record)
         if seen and not _same(data, seen[0]):
             raise ValueError(
-                f"{folders[0]} and {folder} see {source} differently prepared; fit both with the same --likelihood"
+                f"{folders[0]} and {folder} see {source} differently; fit both to the same columns with the same --likelihood"
             )
         seen.append(data)
         scores[folder] = model.log_prob(data, **options)
@@ -738,8 +874,9 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
     return pgen.compare(scores), about
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two arrays hold the same, missing entries at the same places."""
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arrays hold the same, missing entries at the same places; contexts may differ."""
+    one, other = _x(one), _x(other)
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
@@ -808,6 +945,7 @@ class HeldOut:
         labels: Classes of ``train``, if it has any.
         about_real: What ``real`` is, in words.
         about_train: What ``train`` is, or why there is none.
+        context: The contexts of ``real``, if the model has one.
     """
 
     real: Tensor
@@ -815,6 +953,18 @@ class HeldOut:
     labels: Tensor | None
     about_real: str
     about_train: str
+    context: Tensor | None = None
+
+    @property
+    def batch(self) -> Any:
+        """``real`` as the model takes it."""
+        return self.real if self.context is None else {"x": self.real, "context": self.context}
+
+    def sample(self, model: Any, most: int, seed: int) -> Tensor:
+        """As many samples as ``real`` has, at its contexts, or at ``most`` of them drawn by the seed."""
+        num = min(most, len(self.real))
+        rows = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(seed))[:num].sort().values
+        return _drawn(model, num, _at(self.context, rows), seed)
 
 
 def held_out(source: str, train: str | None, record: dict[str, Any]) -> HeldOut:
@@ -833,18 +983,17 @@ def held_out(source: str, train: str | None, record: dict[str, Any]) -> HeldOut:
     else:
         held, said_real = _loaded(source, record, "test"), source
 
-    def prepared(part: Loaded) -> Tensor:
+    def prepared(part: Loaded) -> Any:
         found = _prepare(_arguments(part, about["given"]), about["prepared"])
-        if not isinstance(found, Tensor):
+        if not isinstance(found, Tensor) and not _is_conditioned(found):
             raise ValueError(f"{source} holds several arrays; samples are judged one at a time: use pgen.evaluation.samples")
         return found
 
-    real, fitted, labels = (
-        prepared(held),
-        None if loaded is None else prepared(loaded),
-        None if loaded is None else loaded.labels,
-    )
-    return HeldOut(real, fitted, labels, f"{said_real} ({len(real)})", said)
+    real, fitted = prepared(held), None if loaded is None else _x(prepared(loaded))
+    context = real["context"] if _is_conditioned(real) else None
+    real, labels = _x(real), None if loaded is None else loaded.labels
+    said_real += f" ({len(real)}{'' if context is None else ', samples at their contexts'})"
+    return HeldOut(real, fitted, labels, said_real, said, context)
 
 
 def _is_split(source: str) -> bool:
@@ -855,7 +1004,7 @@ def _parts_of(record: dict[str, Any]) -> list[Loaded]:
     """What a run was fitted to and what it held out, read and drawn again."""
     source, seed = record["data"]["source"], record["run"]["seed"]
     if source in SPLITS and not Path(source).exists():
-        return [_load(source, part) for part in _PARTS[:2]]
+        return [_loaded(source, record, part) for part in _PARTS[:2]]
     return _shares(_loaded(source, record, None), source, seed, test=False)
 
 
@@ -866,7 +1015,7 @@ def _fitted_to(record: dict[str, Any]) -> tuple[Loaded | None, str]:
         loaded = _parts_of(record)[0]
     except (OSError, ValueError) as error:
         return None, f"not at hand ({error}); name them with --train"
-    if len(cast(Tensor, loaded.data)) != record["data"]["train"]:
+    if pgen.data.num_rows(loaded.data) != record["data"]["train"]:
         return None, f"{source} has changed since the fit; name the training data with --train"
     return loaded, f"{source} ({record['data']['train']})"
 
@@ -881,11 +1030,95 @@ def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
 
 
 def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:
-    """Data read as those of the fit were."""
-    about = record["data"]
+    """Data read as those of the fit were, with the same context."""
+    about, context = record["data"], context_of(record)
     if about["categories"] is not None and _is_table(source):
-        return _of_table(_again(source, about))
-    return _load(source, part)
+        return _again(source, about, context)
+    loaded = _load(source, part)
+    if context is None:
+        return loaded
+    if loaded.labels is not None and context.names == (_LABEL,):
+        return _with_labels(loaded, context)
+    if not _is_conditioned(loaded.data):
+        raise ValueError(
+            f"{source} has no context ({context.words()}), which the fit had; give data that have one, as those had"
+        )
+    return _conditioned(source, loaded, ())[1]
+
+
+def context_of(record: dict[str, Any]) -> ContextColumns | None:
+    """What the model of a run is conditioned on, if anything."""
+    found = record["data"].get("context")
+    return None if found is None else ContextColumns.from_dict(found)
+
+
+def given(texts: Sequence[str], record: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The values of the context that samples are asked for.
+
+    Args:
+        texts: ``NAME=VALUE,...`` once or more often; or one name of a file or set with the columns of the context.
+        record: Of the run.
+
+    Returns:
+        Values, ``(N, columns)``, and whether they were read from data.
+
+    Raises:
+        ValueError: If the run has no context, or it is not given whole, in one line.
+    """
+    context = context_of(record)
+    if context is None:
+        raise ValueError("--given does not go with this run, which was fitted without --context; leave it out")
+    if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
+        return _read_contexts(texts[0], record, context), True
+    values: dict[str, str] = {}
+    for assignment in (part for text in texts for part in re.split(r",(?=[^,=]*=)", text)):
+        name, equals, value = (part.strip() for part in assignment.partition("="))
+        if not equals or name in values:
+            wrong = f"gives {name!r} twice" if equals else f"takes NAME=VALUE,... or one file, got {assignment!r}"
+            raise ValueError(f"--given {wrong}")
+        values[name] = value
+    return context.parse(values, "--given"), False
+
+
+def _read_contexts(source: str, record: dict[str, Any], context: ContextColumns) -> Tensor:
+    if _is_table(source):
+        return context.read(source)
+    loaded = _loaded(source, record, "test")
+    if loaded.labels is not None:
+        return loaded.labels[:, None].to(torch.get_default_dtype())
+    if context != ContextColumns.plain(context.size):
+        raise ValueError(f"--given {source} is no table with the columns of the context ({context.words()})")
+    return cast(dict[str, Tensor], loaded.data)["context"]
+
+
+def sample(
+    model: Any, record: dict[str, Any], texts: Sequence[str], num: int | None, seed: int
+) -> tuple[Tensor, dict[str, list[str]]]:
+    """Draws of a family, of one with a context at what ``texts`` give.
+
+    Args:
+        model: The family.
+        record: Of its run.
+        texts: What ``given`` takes; none for a family without a context.
+        num: How many, at each context; None for 64, or one at each row of data.
+        seed: Keys them.
+
+    Returns:
+        The draws, and the columns of their contexts as texts, by name.
+    """
+    context = context_of(record)
+    if context is None and not texts:
+        return _drawn(model, 64 if num is None else num, None, seed), {}
+    if context is not None and not texts:
+        names = ",".join(f"{name}={(found or ('0',))[0]}" for name, found in zip(context.names, context.categories))
+        raise ValueError(f"--given is missing: the run is conditioned on {context.words()}; give it, such as --given {names}")
+    values, rows = given(texts, record)
+    num = num if num is not None else 1 if rows else 64
+    if num < 1:
+        raise ValueError(f"-n should be a positive number, got {num}")
+    context, values = cast(ContextColumns, context), values.repeat_interleave(num, 0)
+    x = _drawn(model, len(values), context.encode(values), seed)
+    return x, dict(zip(context.names, map(list, zip(*context.rows(values)))))
 
 
 def table_of(record: dict[str, Any]) -> Table | None:
@@ -897,14 +1130,21 @@ def table_of(record: dict[str, Any]) -> Table | None:
     return Table(torch.zeros(0, len(categories)), tuple(names), tuple(map(tuple, categories)), record["data"]["source"])
 
 
-def _again(source: str, about: dict[str, Any]) -> Table:
+def _again(source: str, about: dict[str, Any], context: ContextColumns | None) -> Loaded:
     """A table read as that of the fit was: the same columns by name, the same categories."""
     texts = {name: found for name, found in zip(about["columns"] or (), about["categories"]) if found}
-    table = pgen.data.table(source, about["columns"], categories=texts)
+    names = about["columns"]
+    if context is not None:
+        texts |= context.texts()
+        names = [*(names or map(str, range(len(about["categories"])))), *context.names]
+    table = pgen.data.table(source, names, categories=texts)
     whole = _complete(table) if about["prepared"].get("complete") else table
     if left := len(table.x) - len(whole.x):
         print(f"note: {left} of {len(table.x)} rows have missing entries and are left out", file=sys.stderr)
-    return whole
+    if context is None:
+        return _of_table(whole)
+    x, beside = whole.split(context.names)
+    return replace(_of_table(x), data={"x": x.x, "context": context.encode(beside.x)})
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------
@@ -958,6 +1198,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON text: {error}") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a record of schema {SCHEMA}; was it written by this version of `pgen fit`?")
+    if isinstance(record.get("data"), dict) and record["data"].setdefault("context", None) is not None:
+        try:
+            context_of(record)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: 'context': {error}; fit again") from None
     for section, types in _SECTIONS.items():
         part, absent = record.get(section), None if section == "model" else ...  # a model has a family or a file
         if not isinstance(part, dict) or not all(isinstance(part.get(name, absent), kinds) for name, kinds in types.items()):

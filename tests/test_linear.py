@@ -256,6 +256,19 @@ def test_regress_refuses_a_context_that_repeats_itself():
         regress(torch.zeros(3, 2), c)
 
 
+def test_regress_takes_classes_as_indicators_that_sum_to_one():
+    """The mean given a class and a number is that with one indicator left out."""
+    draw = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hot = torch.nn.functional.one_hot(torch.arange(30) % 4, 4)
+    c = torch.cat([hot, draw[:, :1]], 1)
+    loc, slope, rest = regress(draw[:, 1:], c)
+    fewer, slopes, expected = regress(draw[:, 1:], c[:, 1:])
+    torch.testing.assert_close(rest, expected)
+    torch.testing.assert_close(loc + c @ slope.T, fewer + c[:, 1:] @ slopes.T)
+    with pytest.raises(ValueError, match="depend on each other"):
+        regress(draw[:, 1:], torch.cat([c, 2 * c[:, 4:]], 1))
+
+
 # --- bad data ------------------------------------------------------------------------------------------------------------
 
 

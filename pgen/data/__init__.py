@@ -3,6 +3,7 @@
 from . import toy
 from .arrays import as_batch, check_finite, fingerprint, map_tensors, num_rows, rows, to_device
 from .batches import Batches, chunks, epoch_order, key, permute, step_keys
+from .contexts import ContextColumns
 from .flow_sets import FLOW_SETS, flow_set
 from .sequences import mu_law, mu_law_inverse, pad, windows
 from .sources import Loaded, Split, digits, idx_folder, load
@@ -14,6 +15,7 @@ __all__ = [
     "FLOW_SETS",
     "Batches",
     "Compose",
+    "ContextColumns",
     "Dequantize",
     "Loaded",
     "Logit",

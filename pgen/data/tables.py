@@ -6,7 +6,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..contracts import check_choice, nearest
 from .readers import choose, is_missing, is_number, reading_csv, refused
 
-__all__ = ["Table", "column_names", "table"]
+__all__ = ["Table", "column_names", "number", "table"]
 
 _FEW = 20
 """Distinct texts that a column may have however few rows there are; beyond them, at most one for every two rows."""
@@ -66,6 +66,23 @@ class Table:
         for name, kind in zip(self.names, self.columns):
             kinds.setdefault(kind if isinstance(kind, str) else "categorical", []).append(name)
         return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+
+    def split(self, names: Sequence[str]) -> tuple[Table, Table]:
+        """The columns but for ``names``, and those of ``names``: what is modelled, and what it is conditioned on.
+
+        Raises:
+            ValueError: If a name is unknown, or no column is left.
+        """
+        for name in names:
+            check_choice("names", name, self.names)
+        if set(names) == set(self.names):
+            raise ValueError(f"{self.name} has no column but {', '.join(names)}; leave one to be modelled")
+        rest = [column for column, name in enumerate(self.names) if name not in names]
+        return self._select(rest), self._select([self.names.index(name) for name in names])
+
+    def _select(self, chosen: list[int]) -> Table:
+        names, categories = (tuple(part[i] for i in chosen) for part in (self.names, self.categories))
+        return replace(self, x=self.x[:, chosen], names=names, categories=categories)
 
     def rows(self, x: Tensor) -> list[list[str]]:
         """Numbers like ``x``, ``(n, D)``, as the cells of a table: text where a column holds text, empty where missing."""
@@ -198,12 +215,13 @@ def _numbers(cells: Cells, names: list[str], chosen: list[int], known: list[tupl
     values = array("d")
     for place, row in cells():
         for column, i in enumerate(chosen):
-            values.append(_number(row[i].strip(), codes[column], place, names[column]))
+            values.append(number(row[i].strip(), codes[column], place, names[column]))
     numbers = np.frombuffer(values, dtype=np.float64).reshape(-1, len(chosen))
     return torch.from_numpy(numbers.copy()).to(torch.get_default_dtype())
 
 
-def _number(cell: str, codes: dict[str, float], place: str, name: str) -> float:
+def number(cell: str, codes: dict[str, float], place: str, name: str) -> float:
+    """The number of a cell: NaN where it is empty, the code of a category where the column ``name`` has ``codes``."""
     if is_missing(cell):
         return math.nan
     if codes:

@@ -129,8 +129,11 @@ def regress(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         b ``(D,)``, A ``(D, C)`` (of no columns without a context), and the residuals ``(N, D)``, in float64.
 
+    Indicators (columns of zeros and ones) may depend on each other, as those of one class among K do, which sum to one: of all
+    slopes that fit best the shortest is taken, and the mean given any of the classes is what it is without one of them.
+
     Raises:
-        ValueError: If columns of the context depend on each other.
+        ValueError: If other columns of the context depend on each other.
 
     References:
         Zellner (1962), doi:10.2307/2281644, section 2: the same regressors for every output.
@@ -140,8 +143,13 @@ def regress(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     centre = c.mean(0)
     spread = c - centre
     if c.shape[1] and int(torch.linalg.matrix_rank(spread)) < c.shape[1]:
-        raise ValueError(
-            f"columns of `context` are constant or depend on each other ({len(c)} data, {c.shape[1]} columns); drop one"
-        )
-    weight = torch.linalg.lstsq(spread, x - x.mean(0)).solution.T if c.shape[1] else x.new_zeros(x.shape[1], 0)
+        inverse = torch.linalg.pinv(spread)
+        dependent = (inverse @ spread).diagonal() < 1 - 1e-6  # less than one where a sum of columns that vanishes has it
+        if bool((dependent & ~((c == 0) | (c == 1)).all(0)).any()):
+            raise ValueError(
+                f"columns of `context` are constant or depend on each other ({len(c)} data, {c.shape[1]} columns); drop one"
+            )
+        weight = (inverse @ (x - x.mean(0))).T
+    else:
+        weight = torch.linalg.lstsq(spread, x - x.mean(0)).solution.T if c.shape[1] else x.new_zeros(x.shape[1], 0)
     return x.mean(0) - weight @ centre, weight, x - x.mean(0) - spread @ weight.T

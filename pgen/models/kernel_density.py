@@ -95,6 +95,7 @@ class KernelDensity(GenerativeModel):
 
     family = "kernel_density"
     also = ("weights", "row", "group")
+    columns_of_context = True
     unit_rows = 4096
     default_steps = 150
     points: Tensor
