@@ -850,6 +850,8 @@ class GenerativeModel(_Questions, PyroModule):
         share = self._share(validation, source, epochs is None and steps is None and settings.stop != "converged")
         held_out = self._batch("validation", validation, validation_context) if share is None else None
         if share:
+            if self.preprocess is None and settings.augment is None:
+                self._check_support(batch)  # while rows have the numbers that the user knows
             batch, held_out = _parted(batch, share, seed)
         if self.preprocess is not None and not self.primed:
             self.preprocess.fit(batch["x"], **self._seen(batch))

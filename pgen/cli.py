@@ -468,8 +468,7 @@ def _write_rows(
         np.save(path, x.detach().cpu().numpy(), allow_pickle=False)
     elif path.suffix == ".csv":
         flat = x.reshape(len(x), -1)
-        as_text = table is not None and columns
-        cells = table.rows(x) if as_text else [[f"{value:.9g}" for value in row] for row in flat.tolist()]
+        cells = table.rows(x) if table is not None and columns else [[f"{value:.9g}" for value in row] for row in flat.tolist()]
         header = [*(columns or [f"x{i}" for i in range(flat.shape[1])]), *(beside or ())]
         with path.open("w", encoding="utf-8", newline="") as file:
             rows = ([*row, *more] for row, more in zip(cells, zip(*beside.values()))) if beside else cells

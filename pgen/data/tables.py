@@ -81,7 +81,7 @@ class Table:
         return self._select(rest), self._select([self.names.index(name) for name in names])
 
     def _select(self, chosen: list[int]) -> Table:
-        names, categories = (tuple(part[i] for i in chosen) for part in (self.names, self.categories))
+        names, categories = tuple(self.names[i] for i in chosen), tuple(self.categories[i] for i in chosen)
         return replace(self, x=self.x[:, chosen], names=names, categories=categories)
 
     def rows(self, x: Tensor) -> list[list[str]]:
