@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svi import cpu_name
 
 import pgen
 from pgen.models import MADE, PixelCNN, PixelRNN
@@ -346,12 +347,19 @@ def by_model(rows, sign, beside):
     return table(header, body)
 
 
+def runs_of(found):
+    """Which parts were run when, and on what processor."""
+    runs = found.get("runs", {})
+    return ["Runs: " + "; ".join(f"{part} {runs[part]}" for part in PARTS if part in runs) + "."] if runs else []
+
+
 def page(found, settings):
     parts = [
         "# Autoregressive models of bits and images",
         f"`python benchmarks/autoregressive.py --markdown docs/benchmarks/autoregressive.md`. {settings}. Every likelihood is "
         "exact, in nats; hyperparameters and stopping by validation data alone. Times are CPU seconds of one thread, "
         "compilation included; other work shared the machine.",
+        *runs_of(found),
     ]
     if "digits" in found:
         parts += [
@@ -452,6 +460,7 @@ def main():
     for part in given.parts:
         for rows in runs[part]():
             found[part] = rows
+            found.setdefault("runs", {})[part] = f"{date.today()}, {cpu_name()}"
             given.keep.write_text(json.dumps(found, indent=1))
             print(part, rows[-1], flush=True)
         if given.markdown:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svi import cpu_name
 from torch import nn
 
 import pgen
@@ -310,6 +311,8 @@ def page(found, settings):
         f"`python benchmarks/energy.py --markdown docs/benchmarks/energy.md`. {settings}. Times are CPU seconds of one thread, "
         "compilation included; other work shared the machine. ± is the standard deviation over seeds.",
     ]
+    if runs := found.get("runs"):
+        parts.append("Runs: " + "; ".join(f"{part} {runs[part]}" for part in PARTS if part in runs) + ".")
     if rows := found.get("rbm"):
         best = max(rows, key=lambda r: r["validation"])
         off = [abs(v) for r in rows for v in r["off"]]
@@ -428,6 +431,7 @@ def main():
         for row in run(given.seeds, given.steps or steps):
             rows.append(row)
             found[part] = rows
+            found.setdefault("runs", {})[part] = f"{date.today()}, {cpu_name()}"
             given.keep.write_text(json.dumps(found, indent=1))
             print(part, row, flush=True)
             if given.markdown:

@@ -293,8 +293,10 @@ def tables(steps, done, names, splits):
 
 def markdown(found):
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "zuko", "pyro-ppl"))
-    head = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, one thread, Python {platform.python_version()}, {versions}, pgen "
-    head += f"{pgen.__version__}. Other jobs shared the machine."
+    head = (
+        f"One thread, Python {platform.python_version()}, {versions}, pgen {pgen.__version__}. Other jobs shared the machine. "
+    )
+    head += "Runs: " + "; ".join(f"{part} {when}" for part, when in found.get("runs", {}).items()) + "."
     parts = [["# Normalizing flows", "", "`python benchmarks/flows.py`.", __doc__.strip().split("\n\n")[2], "", head, ""]]
     for prefix, write in (
         ("toy ", toy_lines),
@@ -451,6 +453,7 @@ def main():
     for part in options.parts:
         for name, row in runs[part]():
             done[name] = row
+            done.setdefault("runs", {})[part] = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}"
             options.results.write_text(json.dumps(done, indent=1))
             print(name, row, flush=True)
     if options.markdown:

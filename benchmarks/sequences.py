@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svi import cpu_name
 
 import pgen
 from pgen.data import mu_law, mu_law_inverse, pad, windows
@@ -406,6 +407,8 @@ def markdown(found):
     """All parts as a page."""
     machine = f"{platform.machine()}, one thread, torch {version('torch')}, {date.today()}, seed 0"
     lines = ["# Sequences", "", f"`python benchmarks/sequences.py --markdown docs/benchmarks/sequences.md` ({machine}).", ""]
+    if runs := found.get("runs"):
+        lines += ["Runs: " + "; ".join(f"{name} {runs[name]}" for name in PARTS if name in runs) + ".", ""]
     for name in PARTS:
         if name in found:
             part = found[name]
@@ -433,6 +436,7 @@ if __name__ == "__main__":
     found = json.loads(given.keep.read_text()) if given.keep and given.keep.exists() else {}
     for name in given.parts:
         found[name] = PARTS[name](given.budget)
+        found.setdefault("runs", {})[name] = f"{date.today()}, {cpu_name()}"
         if given.keep:
             given.keep.write_text(json.dumps(found, indent=1))
         print(markdown({name: found[name]}), flush=True)
