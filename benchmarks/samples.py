@@ -60,6 +60,7 @@ class Recipe:
     decode: Levels, from its samples.
     options: Of ``fit``.
     score: Of ``log_prob``.
+    draw: Of ``sample``.
     """
 
     make: Callable
@@ -68,12 +69,17 @@ class Recipe:
     decode: Callable = same
     options: dict = field(default_factory=dict)
     score: dict = field(default_factory=dict)
+    draw: dict = field(default_factory=dict)
 
 
 def gan_options():
     objective = pgen.objectives.Adversarial(r1=1.0)
     optimizer = pgen.training.Adam(lr=5e-4, betas=(0.5, 0.999))
     return {"objective": objective, "optimizer": optimizer, "ema": 0.999, "schedule": "linear", "batch_size": 64}
+
+
+def energy_options():
+    return {"optimizer": pgen.training.Adam(3e-3), "schedule": "cosine", "clip_norm": 10.0, "batch_size": 100}
 
 
 # Continuous densities are of dequantised levels, whose floor is a level.
@@ -83,6 +89,7 @@ RECIPES = {
         lambda s: models.GaussianMixture(SHAPE, 40, covariance="diagonal", preprocess=Dequantize(LEVELS), seed=s), 0
     ),
     "KernelDensity": Recipe(lambda s: models.KernelDensity(SHAPE, preprocess=Dequantize(LEVELS)), 0),
+    "FactorAnalysis": Recipe(lambda s: models.FactorAnalysis(SHAPE, 16, preprocess=Dequantize(LEVELS)), 0),
     "Flow": Recipe(
         lambda s: models.Flow(
             SHAPE, transforms=1, hidden=(256, 256), bins=16, dropout=0.3, preprocess=Dequantize(LEVELS), seed=s
@@ -92,6 +99,9 @@ RECIPES = {
     "VAE": Recipe(lambda s: models.VAE(SHAPE, 16, **CATEGORICAL, seed=s), 400, score={"num_samples": 500}),
     "MADE": Recipe(lambda s: models.MADE(SHAPE, (512,), dropout=0.5, **CATEGORICAL, seed=s), 150),
     "PixelCNN": Recipe(lambda s: models.PixelCNN(SHAPE, 64, dropout=0.5, **CATEGORICAL, seed=s), 100),
+    "PixelRNN": Recipe(
+        lambda s: models.PixelRNN(SHAPE, 48, lstm="diagonal", dropout=0.5, **CATEGORICAL, seed=s), 100
+    ),
     "Diffusion": Recipe(
         lambda s: models.Diffusion(SHAPE, width=512, blocks=2, dropout=0.3, **CATEGORICAL, seed=s), 2000, options={"ema": 0.999}
     ),
@@ -107,6 +117,8 @@ RECIPES = {
         lambda s: models.EnergyBased(SHAPE, hidden=(256, 256), preprocess=Compose([Dequantize(LEVELS), Standardize()]), seed=s),
         600,
         decode=lambda x: x.floor().clamp(0, 16),
+        options=energy_options(),
+        draw={"start": "chains", "num_steps": 10},
     ),
 }
 
@@ -180,7 +192,7 @@ def families(names, seeds, minutes, split, kept, again):
             print(row, flush=True)
             model, seconds, steps = fitted(name, data.train.float(), data.validation.float(), seed, minutes)
             recipe = RECIPES[name]
-            x = recipe.decode(model.sample(len(data.test), seed=seed + 100).float())
+            x = recipe.decode(model.sample(len(data.test), seed=seed + 100, **recipe.draw).float())
             measures, about = judged(x, data)
             likelihood = log_prob(model, recipe.encode(data.test.float()), **recipe.score)
             kept[row] = {"measures": measures, **about, **likelihood, "cpu": seconds, "steps": steps, "minutes": minutes}
