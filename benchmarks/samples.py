@@ -99,9 +99,7 @@ RECIPES = {
     "VAE": Recipe(lambda s: models.VAE(SHAPE, 16, **CATEGORICAL, seed=s), 400, score={"num_samples": 500}),
     "MADE": Recipe(lambda s: models.MADE(SHAPE, (512,), dropout=0.5, **CATEGORICAL, seed=s), 150),
     "PixelCNN": Recipe(lambda s: models.PixelCNN(SHAPE, 64, dropout=0.5, **CATEGORICAL, seed=s), 100),
-    "PixelRNN": Recipe(
-        lambda s: models.PixelRNN(SHAPE, 48, lstm="diagonal", dropout=0.5, **CATEGORICAL, seed=s), 100
-    ),
+    "PixelRNN": Recipe(lambda s: models.PixelRNN(SHAPE, 48, lstm="diagonal", dropout=0.5, **CATEGORICAL, seed=s), 100),
     "Diffusion": Recipe(
         lambda s: models.Diffusion(SHAPE, width=512, blocks=2, dropout=0.3, **CATEGORICAL, seed=s), 2000, options={"ema": 0.999}
     ),

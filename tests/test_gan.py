@@ -4,10 +4,12 @@ import math
 import warnings
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from test_engine import INDUCTOR
 from torch import nn
+from torch.distributions import constraints
 
 import pgen
 from pgen.data import Standardize
@@ -58,6 +60,30 @@ def play(model, objective, player, x=X, seed=0, **scalars):
 def value(loss):
     """A loss as a number."""
     return float(loss.detach())
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_draws_in_plain_torch_are_those_of_the_program(context_dim):
+    from pgen.programs import keyed_rng
+
+    model = GAN((3,), 5, hidden=(7,), context_dim=context_dim).double()
+    given = {"context": torch.randn(40, context_dim, dtype=D)} if context_dim else {}
+    with keyed_rng(3), pyro.poutine.trace() as trace:
+        program = model.model(X, **given)
+    with keyed_rng(3):
+        plain = model.made(X, **given)
+    assert torch.equal(plain, program) and torch.equal(trace.trace.nodes["x"]["value"], plain)
+
+
+def test_a_network_with_a_pyro_parameter_is_refused_and_leaves_no_trace():
+    class Scaled(Shift):
+        def forward(self, z):
+            return super().forward(z) * pyro.param("width", torch.tensor(2.0, dtype=D), constraint=constraints.positive)
+
+    model = game(Scaled(), linear_critic([1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match="that no player trains"):
+        model.fit(X, steps=2, batch_size=10, compile="eager", progress=False)
+    assert "width" not in dict(pyro.get_param_store().items())
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------

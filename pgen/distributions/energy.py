@@ -58,7 +58,8 @@ class Unnormalised(dist.TorchDistribution):
         """Minus the energy."""
         flat = self.energy(value.reshape(-1, *self.event_shape))
         shape = value.shape[: value.dim() - len(self.event_shape)]
-        return -flat.reshape(shape).expand(torch.broadcast_shapes(shape, self.batch_shape))
+        rows = -flat.reshape(shape)
+        return rows if shape == self.batch_shape else rows.expand(torch.broadcast_shapes(shape, self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """There are no draws of it without a Markov chain."""

@@ -149,6 +149,19 @@ class GAN(GenerativeModel):
             made = self.generator(z, *self._given(context))
             return pyro.sample("x", dist.Delta(made, event_dim=len(self.event_shape)))
 
+    def made(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """What ``model`` returns, of the same random numbers, in plain torch."""
+        like = next(self.generator.parameters())
+        size = len(x) if x is not None else len(cast(Tensor, context))
+        z = torch.randn(size, self.latent_dim, dtype=like.dtype, device=like.device)
+        return self.generator(z, *self._given(context))
+
+    def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch. Pyro's handlers are left out, but for networks of your own, which may need them."""
+        if self.own:
+            return super().loss(objective, batch, scalars)
+        return objective(self.made, self.guide, self.prepare(batch), scalars)
+
     def guide(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The critic's number for each pack of ``pack`` data in a row, ``(N / pack,)``; the first fill up the last pack."""
         assert x is not None

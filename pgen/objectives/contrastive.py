@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
 from ..samplers.mcmc import Info, State, exchange, gibbs, hmc, langevin, start, with_gradient
-from .density import check_without_latents, conditionals, log_density, observing, parts
+from .density import both_densities, check_without_latents, log_density, observing, parts
 from .elbo import Scalars
 
 __all__ = ["Chains", "ContrastiveDivergence", "PersistentContrastiveDivergence"]
@@ -158,10 +158,10 @@ class ContrastiveDivergence:
         drawn, metrics = self._negative(model, batch)
         self._adapt(metrics)
         metrics = {name: value.mean() for name, value in metrics.items()}
-        data = log_density(model, batch, scales=True).mean()
+        rows, rest = both_densities(model, batch)
+        data = rows.mean()
         chains = log_density(model, drawn, scales=True).mean()
         metrics = {"data_energy": -data.detach(), "chain_energy": -chains.detach(), **metrics}
-        rest = conditionals(model, batch)
         return chains - data - (rest.mean() if isinstance(rest, Tensor) else rest), metrics
 
     def rows(self, model: Program, guide: Program, batch: Batch) -> tuple[Tensor, Tensor]:

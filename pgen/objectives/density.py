@@ -14,7 +14,7 @@ from ..contracts import Batch
 from ..programs import Term, innermost, run_program
 from .elbo import scaled
 
-__all__ = ["check_without_latents", "conditionals", "log_density", "observing", "parts", "score"]
+__all__ = ["both_densities", "check_without_latents", "conditionals", "log_density", "observing", "parts", "score"]
 
 Program = Callable[..., Any]
 
@@ -72,8 +72,13 @@ def log_density(model: Program, batch: Batch, *, scales: bool = False) -> Tensor
 
 def conditionals(model: Program, batch: Batch) -> Tensor | float:
     """Log-density of what else a model observes, given x, ``(B,)`` with the program's scales; 0 where there is nothing."""
-    others = _terms(model, batch)[1]
-    return _sum(others, True) if others else 0.0
+    return both_densities(model, batch)[1]
+
+
+def both_densities(model: Program, batch: Batch) -> tuple[Tensor, Tensor | float]:
+    """``log_density`` with the program's scales, and ``conditionals``, by one run of the program."""
+    own, others = _terms(model, batch)
+    return _sum(own, True), _sum(others, True) if others else 0.0
 
 
 def score(model: Program, batch: Batch) -> Callable[[Tensor], Tensor]:

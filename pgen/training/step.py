@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class Step:
 
     def _clip(self, loss: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
-        skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        skip = ~torch.isfinite(loss + norm)
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             grads = [g * factor.to(g.dtype) for g in grads]
@@ -201,9 +202,8 @@ class Step:
         if not self.players[0].name:
             return results[0]
         results = [self._over_moves(results, i) for i in range(len(self.players))]
-        loss = torch.stack([r[0] for r in results]).sum()
+        loss, skip = (reduce(add, (r[i] for r in results)) for i, add in ((0, torch.add), (2, torch.logical_or)))
         norm = torch.stack([r[1] for r in results]).norm()
-        skip = torch.stack([r[2] for r in results]).any()
         return [loss, norm, skip, *(t for r in results for t in (r[0], r[1], *r[3:]))]
 
     def _over_moves(self, results: list[list[Tensor]], player: int) -> list[Tensor]:
