@@ -645,6 +645,8 @@ class GenerativeModel(_Questions, PyroModule):
             for name in settings:
                 if name not in accepted:
                     raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
+        if args or settings:  # a copy is made without any
+            _check_complete(cls, list(accepted.values())[1:], args, settings)
         return super().__new__(cls)
 
     def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
@@ -1399,6 +1401,20 @@ class GenerativeModel(_Questions, PyroModule):
             )
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
+
+
+def _check_complete(
+    cls: type[GenerativeModel], accepted: Sequence[inspect.Parameter], args: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
+    """Name the arguments without a default that were not given."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_place = [p.name for p in accepted if p.kind in kinds][: len(args)]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in accepted if p.default is p.empty and p.kind not in variable]
+    if missing := [name for name in needed if name not in by_place and name not in settings]:
+        found = f", or let {cls.__name__}.for_data(x) choose" if "event_shape" in needed else ""
+        lacks = ", ".join(f"`{name}`" for name in missing)
+        raise TypeError(f"{cls.__name__}({', '.join(needed)}, ...) is missing {lacks}: give it{found}")
 
 
 def _mean(term: Term) -> Tensor:

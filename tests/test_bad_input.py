@@ -533,6 +533,18 @@ def test_a_question_names_its_own_argument():
         model.fit(torch.zeros(0, 2))
 
 
+def test_a_classifier_names_its_own_argument():
+    classifier = models.GenerativeClassifier(lambda k: models.Gaussian((2,)), 2)
+    none, y = torch.zeros(0, 2), torch.zeros(0)
+    for question in (classifier.fit, classifier.calibrate, classifier.evaluate):
+        with refused("^`x` has no rows$"):
+            question(none, y)
+    with refused("^`x` has no rows$"):
+        classifier.predict(none)
+    with refused("^`validation` has no rows$"):
+        classifier.fit(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), validation=(none, y))
+
+
 def test_complex_numbers_are_refused():
     x = torch.zeros(5, 2, dtype=torch.complex64)
     with refused("`data` should hold real numbers, got torch.complex64", TypeError):
@@ -543,6 +555,24 @@ def test_complex_numbers_are_refused():
 def test_an_event_shape_is_a_tuple(shape):
     with refused(rf"`event_shape` should be a tuple of sizes such as \(2,\) or \(28, 28\), got {shape}", TypeError):
         models.Gaussian(shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: models.ProbabilisticPCA((30,)),
+            r"^ProbabilisticPCA\(event_shape, latent_dim, ...\) is missing `latent_dim`: give it, or let "
+            r"ProbabilisticPCA.for_data\(x\) choose$",
+        ),
+        (lambda: models.FactorAnalysis(event_shape=(30,)), r"^FactorAnalysis\(.*\) is missing `latent_dim`"),
+        (lambda: models.Gaussian(covariance="full"), r"^Gaussian\(event_shape, ...\) is missing `event_shape`"),
+        (lambda: models.MixtureOf(seed=1), r"^MixtureOf\(components, ...\) is missing `components`: give it$"),
+    ],
+)
+def test_an_argument_that_is_missing_is_named_with_the_family(make, match):
+    with refused(match, TypeError):
+        make()
 
 
 def test_moments_of_a_number_that_never_varies_are_told_from_others():

@@ -223,14 +223,14 @@ class GenerativeClassifier(nn.Module):
     def _one_hot(self, y: Tensor) -> Tensor:
         return nn.functional.one_hot(y, self.num_classes).float()
 
-    def _data(self, x: Any) -> Tensor:
-        data = as_batch(x)
+    def _data(self, x: Any, argument: str = "x") -> Tensor:
+        data = as_batch(x, name=argument)
         if not isinstance(data, Tensor):
-            raise TypeError(f"`x` should be one tensor or array, got {type(data).__name__}")
+            raise TypeError(f"`{argument}` should be one tensor or array, got {type(data).__name__}")
         return data
 
     def _checked(self, argument: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-        data = self._data(x)
+        data = self._data(x, "x" if argument == "y" else argument)
         return data, check_labels(argument, y, len(data), self.num_classes)
 
     def _scores(self, x: Tensor, num_samples: int, seed: Seed, progress: bool) -> tuple[Tensor, Tensor | None, Kind, Measure]:

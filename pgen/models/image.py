@@ -257,7 +257,7 @@ class ImageModel(GenerativeModel):
             One draw for each image, ``(N, *event_shape)``.
         """
         check_positive("num_particles", num_particles)
-        x, count = torch.as_tensor(as_batch(x)), int(num_particles)
+        x, count = torch.as_tensor(as_batch(x, name="x")), int(num_particles)
         check_event_shape("x", x, self.event_shape)
         given = self._like(torch.where(torch.isnan(x), torch.zeros_like(x), x))
         self._check_numbers("x", given)
@@ -290,7 +290,7 @@ class ImageModel(GenerativeModel):
             return by_rows(drawn, batch, most, name=name, **options)
 
     def _prefix(self, prefix: Any, most: int) -> Tensor:
-        given = torch.as_tensor(as_batch(prefix))
+        given = torch.as_tensor(as_batch(prefix, name="prefix"))
         if given.dim() != 2 or given.shape[1] > most:
             raise ValueError(
                 f"`prefix` should have shape (N, t), the first t numbers of each image, t at most {most}, got "
