@@ -551,6 +551,50 @@ def test_complex_numbers_are_refused():
         models.Gaussian((2,)).fit(x)
 
 
+STEPS = {"steps": 1, "progress": False, "compile": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (models.MADE((3,), (8,), likelihood="gaussian"), r"^number 1 of each datum is constant \(2.5 in all 20 data\), so"),
+        (models.MADE((3,), (8,), columns=["binary", "continuous", "continuous"]), "number 1 of each datum is constant"),
+        (models.Gaussian((3,)), "number 1 of each datum is constant"),
+        (models.Gaussian((3,), "low_rank", rank=1), "number 1 of each datum is constant"),
+        (models.GaussianMixture((3,), 2), "number 1 of each datum is constant"),
+        (models.Mixture((3,), 2, columns=["binary", "continuous", "continuous"]), "number 0 of each datum is constant"),
+        (models.FactorAnalysis((3,), 1), "number 1 of each datum is constant"),
+        (
+            models.MixtureOf([models.Gaussian((3,)), models.MADE((3,), likelihood="gaussian")]),
+            r"^component 0, which starts at \d+ of the data: .*number [01] of each datum is constant",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, pgen.GenerativeModel) else "",
+)
+def test_a_constant_number_is_refused_by_every_gaussian_likelihood(model, match):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0], x[:, 1] = (x[:, 0] > 0).float(), 2.5
+    with refused(match):
+        model.fit(x, **STEPS)
+
+
+def test_a_constant_bit_and_a_constant_pixel_have_a_likelihood_and_a_constant_channel_has_none():
+    x = torch.stack([torch.ones(20), torch.linspace(-1.0, 1.0, 20)], 1)
+    models.MADE((2,), (8,), columns=["binary", "continuous"]).fit(x, **STEPS)
+    images = torch.randn(20, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    images[:, 1, 0, 2] = 0.5
+
+    def pixels():
+        return models.PixelCNN((2, 3, 4), 4, 1, likelihood="gaussian", first_kernel=3, kernel=3)
+
+    pixels().fit(images, **STEPS)
+    images[:, 1] = 0.5
+    with refused(r"^number 1 of each pixel is constant \(0.5 in all 240 pixels\).*: drop that channel, or take another"):
+        pixels().fit(images, **STEPS)
+    with refused(r"^number 1 of each position is constant \(0.5 in all 120 positions\).*: drop it, or take another"):
+        models.WaveNet((6, 2), "gaussian").fit(images.flatten(2)[:, :, :6].mT, **STEPS)
+
+
 @pytest.mark.parametrize("shape", [2, None])
 def test_an_event_shape_is_a_tuple(shape):
     with refused(rf"`event_shape` should be a tuple of sizes such as \(2,\) or \(28, 28\), got {shape}", TypeError):

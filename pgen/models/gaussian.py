@@ -92,11 +92,13 @@ class Gaussian(GenerativeModel):
         return {"event_shape": list(self.event_shape), **plain}
 
     def prime(self, data: Batch) -> None:
-        """Start at the mean and the standard deviations of the data."""
-        x = self._prepared(data)[0]["x"].flatten(1)
+        """Start at the mean and the standard deviations of the data, none of which may be zero."""
+        x = self._prepared(data)[0]["x"].flatten(1).double()
+        scale = x.std(0, correction=0)
+        check_spread(x, scale)
         with torch.no_grad():
             self.loc.copy_(x.mean(0))
-            self.log_scale.copy_(x.std(0, correction=0).clamp(min=1e-6).log())
+            self.log_scale.copy_(scale.log())
 
     def solve(self, batch: dict[str, Tensor]) -> str:
         """The sample mean and covariance; nothing for a low rank."""

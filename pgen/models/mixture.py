@@ -546,10 +546,14 @@ class MixtureOf(_Mixture):
 
     def _start(self, x: Tensor, weight: Tensor, observed: Tensor | None) -> float:
         self.arrays.set({"weights": smoothed_log_share(weight)})
-        for model, share in zip(self._models(), weight.T):
-            mine, least = x[share > 0], max(2, getattr(model, "num_components", 2))
+        for number, (model, share) in enumerate(zip(self._models(), weight.T)):
+            mine, least = x[share > 0], max(2, getattr(model, "num_components", None) or 2)
             model.num_rows = len(mine) * self.num_rows // len(x)
-            model.prime({"x": mine if len(mine) >= least else x})
+            mine = mine if len(mine) >= least else x
+            try:
+                model.prime({"x": mine})
+            except ValueError as error:
+                raise ValueError(f"component {number}, which starts at {len(mine)} of the data: {error}") from error
         return 0.0  # there is but one start
 
 

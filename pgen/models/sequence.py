@@ -19,7 +19,7 @@ from torch.distributions import constraints
 
 from ..base import GenerativeModel, _evaluating
 from ..contracts import Batch, Seed, check_choice, check_positive
-from ..data.arrays import as_batch, check_finite
+from ..data.arrays import as_batch, check_finite, check_varies
 from ..distributions.autoregressive import Autoregressive, CausalNetwork
 from ..distributions.observation import OBSERVATIONS, Categorical, Observation, observation
 from ..programs import isolated
@@ -364,14 +364,8 @@ class Standardised(nn.Module, Observation):
 
     def fit(self, x: Tensor) -> None:
         """Take m and s from data ``(n, *event_shape)``."""
-        still = (x.amax(0) == x.amin(0)).reshape(-1)
-        if bool(still.any()):
-            number = int(still.nonzero()[0, 0])
-            what = f"number {number} of each position is constant" if self.event_shape else "`data` is constant"
-            raise ValueError(
-                f"{what} ({float(x.reshape(len(x), -1)[0, number]):g} at all {len(x)} positions), so a Gaussian's density has "
-                f"no bound: {'drop it' if self.event_shape else 'give data that vary'}, or take another likelihood"
-            )
+        fix = f"{'drop it' if self.event_shape else 'give data that vary'}, or take another likelihood"
+        check_varies(x.reshape(len(x), -1), of="position", many="positions", fix=fix)
         self.shift.copy_(x.mean(0))
         self.scale.copy_(x.std(0, correction=0))
 
