@@ -272,6 +272,18 @@ def test_regress_takes_classes_as_indicators_that_sum_to_one():
 # --- bad data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": 1, "progress": False, "compile": "eager"}], ids=["closed", "steps"])
+def test_so_few_rows_that_nothing_is_left_for_the_noise_are_told_of(options):
+    def fit(rows, latent_dim, **more):
+        FactorAnalysis((5,), latent_dim, **more).fit(data(rows, 5), **options)
+
+    fit(4, 2)
+    with pytest.warns(UserWarning, match=r"3 rows for latent_dim=2: .*; lower `latent_dim` to 1 or less, or give 4 rows"):
+        fit(3, 2)
+    with pytest.warns(UserWarning, match=r"has 2 rows for latent_dim=1: .*noise alone; give 3 rows or more$"):
+        fit(2, 1)
+
+
 def test_bad_data_are_named():
     x = data()
     constant, never = x.clone(), x.clone()

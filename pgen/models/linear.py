@@ -14,6 +14,7 @@ Joreskog (1967), Some contributions to maximum likelihood factor analysis, doi:1
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -155,6 +156,7 @@ class _Linear(GenerativeModel):
         if len(self.unit) > 1:
             check_spread(x, covariance.diagonal().sqrt())
         weight, variance = self._solve(covariance)
+        self._warn_of_few(len(x))
         self._take(loc, self._units(covariance.diagonal()), weight, variance)
         if self.context_dim:
             self.slope.copy_(slope / self.unit[:, None])
@@ -175,8 +177,21 @@ class _Linear(GenerativeModel):
         if len(self.unit) > 1:
             check_spread(x, variances.sqrt())
         covariance = residual.T @ residual / len(x)
+        self._warn_of_few(self.num_rows or len(x))
         with torch.no_grad():
             self._take(mean, self._units(variances), *_principal(covariance, self.latent_dim))
+
+    def _warn_of_few(self, rows: int) -> None:
+        """Say that so few rows lie in as many dimensions as there are factors, and leave nothing for the noise."""
+        used = 1 + self.context_dim  # what the mean takes
+        if rows > self.latent_dim + used:
+            return
+        fewer = f"lower `latent_dim` to {rows - used - 1} or less, or " if rows > used + 1 else ""
+        warnings.warn(
+            f"`data` has {rows} rows for latent_dim={self.latent_dim}: the factors fit so few without noise, and the density "
+            f"rests on the floor of the noise alone; {fewer}give {self.latent_dim + used + 1} rows or more",
+            stacklevel=2,
+        )
 
     def _take(self, loc: Tensor, unit: Tensor, weight: Tensor, variance: Tensor) -> None:
         """Set the parameters to those of a solution."""
