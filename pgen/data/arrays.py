@@ -124,7 +124,7 @@ def check_varies(
     x: Tensor,
     still: Tensor | None = None,
     *,
-    of: str = "datum",
+    what: str = "number {} of each datum",
     many: str = "data",
     fix: str = "drop it, or if x is discrete give preprocess=pgen.data.Dequantize(levels)",
 ) -> None:
@@ -133,7 +133,7 @@ def check_varies(
     Args:
         x: ``(N, D)``.
         still: Which numbers are refused, ``(D,)``; by default those that have one value.
-        of: What the D numbers are of.
+        what: What a number is called.
         many: What the N are.
         fix: What to do about it.
     """
@@ -141,7 +141,7 @@ def check_varies(
     if bool(still.any()):
         column = int(still.nonzero()[0, 0])
         raise ValueError(
-            f"number {column} of each {of} is constant ({float(x[0, column]):g} in all {len(x)} {many}), so a Gaussian's "
+            f"{what.format(column)} is constant ({float(x[0, column]):g} in all {len(x)} {many}), so a Gaussian's "
             f"density has no bound: {fix}"
         )
 

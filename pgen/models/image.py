@@ -177,7 +177,8 @@ class ImageModel(GenerativeModel):
         x = self._prepared(data)[0]["x"].reshape(-1, self.channels, math.prod(self.event_shape[-2:]))
         pixels = x.movedim(1, -1).flatten(0, 1)
         if self.observation.support is constraints.real:  # one pixel may be constant, as the network sees where it is
-            check_varies(pixels, of="pixel", many="pixels", fix="drop that channel, or take another likelihood")
+            fix = "drop that channel, or take another likelihood"
+            check_varies(pixels, what="number {} of each pixel", many="pixels", fix=fix)
         colours = observation(self.likelihood, (self.channels,), self.num_classes, self.num_components)
         with torch.no_grad():
             self.network.last().bias.copy_(colours.start(pixels))

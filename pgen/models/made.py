@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..base import SAMPLE_ROWS, GenerativeModel, _evaluating
-from ..contracts import Batch, Seed, check_choice, check_event_shape, check_positive
+from ..contracts import Batch, Seed, as_sizes, check_choice, check_event_shape, check_positive
 from ..data.arrays import as_batch, check_finite, check_varies
 from ..data.transforms import Transform
 from ..distributions.autoregressive import Autoregressive
@@ -91,7 +91,7 @@ class MADE(GenerativeModel):
     def __init__(
         self,
         event_shape: Sequence[int],
-        hidden: Sequence[int] = (512,),
+        hidden: int | Sequence[int] = (512,),
         *,
         likelihood: str | None = None,
         num_classes: int | None = None,
@@ -112,9 +112,10 @@ class MADE(GenerativeModel):
         check_positive("num_orders", num_orders)
         likelihood = likelihood or ("bernoulli" if columns is None else "gaussian_mixture")
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS) if columns is None else REAL)
-        _check_network(tuple(hidden), residual, dropout)
+        self.hidden = as_sizes("hidden", hidden, least=1)
+        _check_network(self.hidden, residual, dropout)
         self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
-        self.hidden, self.residual, self.dropout, self.direct = tuple(hidden), residual, float(dropout), direct
+        self.residual, self.dropout, self.direct = residual, float(dropout), direct
         self.activation = ACTIVATIONS.name(activation)
         self.columns = plain_columns(columns)
         self.table = Columns(_models(columns, size, likelihood, num_classes, num_components), num_components)
@@ -387,8 +388,6 @@ def _orders(order: str | Sequence[int], num_orders: int, size: int) -> Tensor:
 
 
 def _check_network(hidden: tuple[int, ...], residual: bool, dropout: float) -> None:
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"`hidden` should be one or more positive sizes, got {hidden}")
     if residual and len(set(hidden)) > 1:
         raise ValueError(f"`hidden` should be equal sizes where residual=True, got {hidden}")
     if not 0 <= dropout < 1:
