@@ -14,6 +14,7 @@ arXiv:1706.04599, here of the likelihood alone, so that an infinite T gives back
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -249,7 +250,20 @@ class GenerativeClassifier(nn.Module):
         errors = [zero if score.mc_error is None else score.mc_error for score in scores]
         measures = {score.measure for score in scores}
         measure: Measure = measures.pop() if len(measures) == 1 else ""
-        return torch.stack([s.value for s in scores], 1), torch.stack(errors, 1) if noisy else None, kind, measure
+        value = torch.stack([s.value for s in scores], 1)
+        self._check_fitted(value)
+        return value, torch.stack(errors, 1) if noisy else None, kind, measure
+
+    def _check_fitted(self, scores: Tensor) -> None:
+        """Refuse models that saw no data and are all alike; warn of those that differ, as they may be set by hand."""
+        unfitted = [k for k, model in enumerate(self._members()) if not model.primed]
+        if not unfitted:
+            return
+        which = "its model has" if self.conditional else f"the models of classes {', '.join(map(str, unfitted))} have"
+        text = f"this classifier is not fitted yet, as {which} seen no data; call fit(x, y) first"
+        if bool((scores == scores[:, :1]).all()):
+            raise ValueError(text)
+        warnings.warn(f"{text}, or set model.primed = True where you set a model's parameters yourself", stacklevel=2)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
