@@ -923,6 +923,8 @@ class GenerativeModel(_Questions, PyroModule):
             with keyed_rng(key(seed, name), device):
                 rows, _ = self.bound_rows(self.default_objective(), data, lambda: None)
             mean, error = float(rows.double().mean()), float(rows.double().std() / math.sqrt(len(rows)))
+            if not math.isfinite(mean) and (advice := _of_overflow(data["x"])):
+                raise ValueError(f"`{'data' if name == 'training' else name}` has a log-density of {mean}{advice}")
             if name == "training":
                 run.history = {"step": np.zeros(1), "epoch": np.ones(1), "loss": np.array([-mean])}
             else:
@@ -1071,6 +1073,8 @@ class GenerativeModel(_Questions, PyroModule):
     def _advice(self, error: Exception, batch: Batch) -> str:
         """The likelihood or number of classes that the data ask for, where they lie outside the support of what was chosen."""
         settings, x = self.settings(), cast(dict[str, Any], batch)["x"]
+        if "has a log-density of" in str(error):
+            return _of_overflow(x)
         if "outside the support" not in str(error) or settings.get("columns"):
             return ""
         top, classes = float(x.max()), settings.get("num_classes")
@@ -1432,6 +1436,15 @@ def _check_complete(
         found = f", or let {cls.__name__}.for_data(x) choose" if "event_shape" in needed else ""
         lacks = ", ".join(f"`{name}`" for name in missing)
         raise TypeError(f"{cls.__name__}({', '.join(needed)}, ...) is missing {lacks}: give it{found}")
+
+
+def _of_overflow(x: Tensor) -> str:
+    """What to do about numbers whose squares their dtype does not hold; nothing where it does."""
+    largest = float(x.abs().max())
+    if largest**2 < torch.finfo(x.dtype).max:
+        return ""
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f": x reaches {largest:.2g}, whose square {dtype} does not hold; use preprocess=pgen.data.Standardize() or rescale x"
 
 
 def _mean(term: Term) -> Tensor:

@@ -308,6 +308,19 @@ def test_almost_full_rank_equals_the_full_gaussian():
     assert model.log_prob(x).mean == pytest.approx(full.log_prob(x).mean, abs=1e-9)
 
 
+@pytest.mark.parametrize("family", [ProbabilisticPCA, FactorAnalysis])
+def test_numbers_whose_squares_overflow_have_a_density(family):
+    x, model = data(), family((5,), 2)
+    model.fit((x * 1e20).float())
+    gaps = x.clone()
+    gaps[::3, 1] = math.nan  # densities of what is observed
+    known = fitted(family, x)[0]
+    for seen in (x, gaps):
+        size = 20 * math.log(10) * (~seen.isnan()).sum(1)
+        found = model.log_prob((seen * 1e20).float()).value
+        torch.testing.assert_close(found, known.log_prob(seen).value - size, atol=2e-2, rtol=0)
+
+
 def test_the_distribution_samples_what_it_scores():
     from pyro.distributions.testing.gof import vector_density_goodness_of_fit
 
@@ -316,7 +329,7 @@ def test_the_distribution_samples_what_it_scores():
         torch.manual_seed(0)
         x = fn.sample((3003,))
     assert vector_density_goodness_of_fit(x.double(), fn.log_prob(x).exp().double()) > 1e-4
-    known = MultivariateNormal(fn.loc, fn.factor @ fn.factor.T + fn.noise.diag())
+    known = MultivariateNormal(fn.loc, fn.factor @ fn.factor.T + fn.scale.square().diag())
     torch.testing.assert_close(fn.log_prob(x), known.log_prob(x), atol=1e-4, rtol=0)
     torch.testing.assert_close(fn.variance, known.variance)
     assert pgen.models.REGISTRY["factor_analysis"] is FactorAnalysis

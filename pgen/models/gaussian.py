@@ -25,7 +25,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
-from ..distributions.linear_gaussian import check_spread, regress
+from ..distributions.linear_gaussian import LinearGaussian, Normal, check_spread, regress
 
 __all__ = ["Gaussian"]
 
@@ -131,8 +131,8 @@ class Gaussian(GenerativeModel):
         if self.covariance == "full":
             return dist.MultivariateNormal(loc, scale_tril=self.lower.tril(-1) + scale.diag())
         if self.covariance == "low_rank":
-            return dist.LowRankMultivariateNormal(loc, self.factor, scale.square())
-        return dist.Normal(loc, scale).to_event(1)
+            return LinearGaussian(loc, self.factor, scale)
+        return Normal(loc, scale).to_event(1)
 
 
 def _correlation(standard: Tensor) -> Tensor:

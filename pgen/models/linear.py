@@ -29,7 +29,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
-from ..distributions.linear_gaussian import LinearGaussian, check_spread, regress
+from ..distributions.linear_gaussian import LinearGaussian, Normal, check_spread, regress
 from ..training import Adam, Training
 
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]
@@ -98,7 +98,7 @@ class _Linear(GenerativeModel):
         with self.plate(x, context):
             z = pyro.sample("z", dist.Normal(self.shift.new_zeros(self.latent_dim), 1.0).to_event(1))
             mean = (self._loc(context) + z @ self.weight.T).unflatten(-1, self.event_shape)
-            fn = dist.Normal(mean, self.variance.sqrt().reshape(self.event_shape))
+            fn = Normal(mean, self.scale.reshape(self.event_shape))
             fn = fn if observed is None else fn.mask(observed)
             return pyro.sample("x", fn.to_event(len(self.event_shape)), obs=x)
 
@@ -115,7 +115,7 @@ class _Linear(GenerativeModel):
     def _joint(self, context: Tensor | None, observed: Tensor | None) -> LinearGaussian:
         seen = None if observed is None else observed.flatten(1)
         loc = self._loc(context) if seen is None else self._loc(context).expand(seen.shape)
-        return LinearGaussian(loc, self.weight, self.variance, seen)
+        return LinearGaussian(loc, self.weight, self.scale, seen)
 
     def _loc(self, context: Tensor | None) -> Tensor:
         """The mean of x, ``(D,)`` or ``(N, D)``."""
@@ -130,7 +130,12 @@ class _Linear(GenerativeModel):
     @property
     def variance(self) -> Tensor:
         """Variance of the noise of each number of x, ``(D,)``, in squared units of (preprocessed) x."""
-        return (self.unit.square() * self.log_noise.exp()).expand(len(self.centre))
+        return self.scale.square()
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of the noise of each number of x, ``(D,)``, in units of (preprocessed) x."""
+        return (self.unit * (0.5 * self.log_noise).exp()).expand(len(self.centre))
 
     def principal_axes(self) -> Tensor:
         r"""W in the rotation that makes :math:`W^\top \Psi^{-1} W` diagonal and decreasing, ``(D, q)``.
@@ -139,7 +144,7 @@ class _Linear(GenerativeModel):
         in two fits that reached the same optimum.
         """
         with torch.no_grad():
-            sd = self.variance.sqrt()[:, None]
+            sd = self.scale[:, None]
             left, scale, _ = torch.linalg.svd(self.weight / sd, full_matrices=False)
             axes = sd * left * scale
             return axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
