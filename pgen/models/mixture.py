@@ -125,11 +125,11 @@ class _Mixture(GenerativeModel):
         seeds = torch.randint(2**31 - 1, (self.restarts,)).tolist()
         with torch.no_grad():
             features = self._features(x.flatten(1).double(), observed)
-            _warn_of_repeats(features, self.num_components)
             tried = [memberships(features, self.num_components, seed) for seed in seeds]
             fits = [self._start(x, each, observed) for each in tried]
             best = max(range(len(fits)), key=fits.__getitem__)
             self._start(x, tried[best], observed)
+        _warn_of_repeats(features, self.num_components)
 
     def _features(self, x: Tensor, observed: Tensor | None) -> Tensor:
         """What k-means clusters data ``(N, D)`` by."""
