@@ -274,8 +274,8 @@ class ProbabilisticPCA(_Linear):
     Example:
         >>> pca = ProbabilisticPCA((2,), 1)
         >>> run = pca.fit(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-        >>> pca.variance, pca.principal_axes().square()  # eigenvalues 2 and 1/2: W^2 is 2 - 1/2
-        (tensor([0.5000, 0.5000], grad_fn=<ExpandBackward0>), tensor([[1.5000],
+        >>> pca.variance.detach(), pca.principal_axes().square()  # eigenvalues 2 and 1/2: W^2 is 2 - 1/2
+        (tensor([0.5000, 0.5000]), tensor([[1.5000],
                 [0.0000]]))
     """
 
