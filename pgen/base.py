@@ -399,7 +399,7 @@ class _Questions(nn.Module):
             index = None if batch_size >= num_data else torch.arange(batch_size, device=device)
             with keyed_rng(key(seed, "check"), device), rows_at(index), _evaluating(self):
                 with isolated(self.home, validate=True):
-                    traces = self._strict(self.prepare(first), num_data)
+                    traces = self._strict(self.prepare(first), num_data, data if self.preprocess is None else None)
                     _check_normalised(objective, traces)
                 self._check_owned(objective, first, num_data)
         if settings.augment is None:
@@ -444,12 +444,12 @@ class _Questions(nn.Module):
                     + ", or freeze it with requires_grad_(False)"
                 )
 
-    def _strict(self, batch: Batch, num_data: int) -> Traces | None:
-        """Run both programs with validation on; None where a family has no sites."""
+    def _strict(self, batch: Batch, num_data: int, whole: Batch | None = None) -> Traces | None:
+        """Run both programs with validation on; None where a family has no sites. Advice looks at all data that are here."""
         try:
             traces = check_pair(*self.programs(), batch, num_data)
         except (ValueError, RuntimeError) as error:
-            raise _one_line(error, self._advice(error, batch)) from error
+            raise _one_line(error, self._advice(error, batch if whole is None else whole)) from error
         rows = batch_length(batch)
         if 0 < rows < num_data and not any(term.local for term in traces.model.values()):
             raise ValueError(
@@ -622,6 +622,8 @@ class GenerativeModel(_Questions, PyroModule):
 
     A family that takes ``"observed"`` knows missing entries: NaN in x becomes 0 there, and False in ``observed``.
     """
+    nan_advice: ClassVar[str] = ""
+    """What more to say where x holds NaN, which the family does not know."""
     stepwise: ClassVar[bool] = False
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
     columns_of_context: ClassVar[bool] = False
@@ -645,6 +647,8 @@ class GenerativeModel(_Questions, PyroModule):
             for name in settings:
                 if name not in accepted:
                     raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, list(accepted)[1:])}")
+        if args or settings:  # a copy is made without any
+            _check_complete(cls, list(accepted.values())[1:], args, settings)
         return super().__new__(cls)
 
     def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
@@ -919,6 +923,8 @@ class GenerativeModel(_Questions, PyroModule):
             with keyed_rng(key(seed, name), device):
                 rows, _ = self.bound_rows(self.default_objective(), data, lambda: None)
             mean, error = float(rows.double().mean()), float(rows.double().std() / math.sqrt(len(rows)))
+            if not math.isfinite(mean) and (advice := _of_overflow(data["x"])):
+                raise ValueError(f"`{'data' if name == 'training' else name}` has a log-density of {mean}{advice}")
             if name == "training":
                 run.history = {"step": np.zeros(1), "epoch": np.ones(1), "loss": np.array([-mean])}
             else:
@@ -948,7 +954,7 @@ class GenerativeModel(_Questions, PyroModule):
         _refuse_source(argument, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"`{argument}` should be one tensor or array of x, got {type(x).__name__}")
-        check_event_shape(argument, x, self.event_shape)
+        check_event_shape(argument, x, self.event_shape, self._shape_advice(argument, x))
         if x.is_complex():
             raise TypeError(
                 f"`{argument}` should hold real numbers, got {x.dtype}; give real and imaginary parts as two numbers"
@@ -958,13 +964,20 @@ class GenerativeModel(_Questions, PyroModule):
         dtype = next(self.parameters()).dtype
         further = self._further(x, {name: given[name] for name in self.also if given.get(name) is not None})
         x = torch.where(further["observed"], x, torch.zeros_like(x)) if "observed" in further else x
-        check_finite(x, argument, numbers)
+        try:
+            check_finite(x, argument, numbers)
+        except ValueError as error:
+            raise ValueError(f"{error}{self.nan_advice if ' is nan' in str(error) else ''}") from None
         if self.preprocess is not None:
             self.preprocess.check(x, argument, numbers)
         batch = {"x": x.to(dtype), **further}
         if context is not None or self.context_dim:
             batch["context"] = self._context(context, len(x)).to(dtype)
         return batch
+
+    def _shape_advice(self, argument: str, x: Tensor) -> str:
+        """What to do about x whose shape is none of ``(N, *event_shape)``; a family that knows refines it."""
+        return ""
 
     def _named(self, argument: str, given: dict[str, Any]) -> Any:
         if "x" not in given:
@@ -1058,11 +1071,18 @@ class GenerativeModel(_Questions, PyroModule):
         return measure_of(self._observed(take(batch, slice(0, 1)))[1])
 
     def _advice(self, error: Exception, batch: Batch) -> str:
-        """The likelihood that the data ask for, where they lie outside the support of that which was chosen."""
-        settings = self.settings()
-        if "outside the support" not in str(error) or settings.get("likelihood") is None or settings.get("columns"):
+        """The likelihood or number of classes that the data ask for, where they lie outside the support of what was chosen."""
+        settings, x = self.settings(), cast(dict[str, Any], batch)["x"]
+        if "has a log-density of" in str(error):
+            return _of_overflow(x)
+        if "outside the support" not in str(error) or settings.get("columns"):
             return ""
-        found = self.suggest(cast(dict[str, Any], batch)["x"], {})
+        top, classes = float(x.max()), settings.get("num_classes")
+        if classes is not None and top >= classes and bool(((x >= 0) & (x == x.round())).all()):
+            return f": the largest value is {top:g}, for which num_classes={int(top) + 1} would do"
+        if settings.get("likelihood") is None:
+            return ""
+        found = self.suggest(x, {})
         words = ", ".join(f"{name}={found[name]!r}" for name in ("likelihood", "num_classes") if name in found)
         return f": for such data {words}" if found.get("likelihood") != settings["likelihood"] else ""
 
@@ -1071,7 +1091,10 @@ class GenerativeModel(_Questions, PyroModule):
         if fn is None:
             return None
         where = "model site 'x'"
-        check_support(where, fn, cast(dict[str, Any], prepared)["x"], numbers=numbers)
+        try:
+            check_support(where, fn, cast(dict[str, Any], prepared)["x"], numbers=numbers)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._advice(error, prepared)}") from None
         if self.preprocess is not None:  # it may draw noise, which a thread beside training must not
             return None
         return lambda rows, numbers: check_support(where, fn, cast(dict[str, Any], rows)["x"], numbers=numbers)
@@ -1399,6 +1422,29 @@ class GenerativeModel(_Questions, PyroModule):
             )
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
+
+
+def _check_complete(
+    cls: type[GenerativeModel], accepted: Sequence[inspect.Parameter], args: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
+    """Name the arguments without a default that were not given."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_place = [p.name for p in accepted if p.kind in kinds][: len(args)]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in accepted if p.default is p.empty and p.kind not in variable]
+    if missing := [name for name in needed if name not in by_place and name not in settings]:
+        found = f", or let {cls.__name__}.for_data(x) choose" if "event_shape" in needed else ""
+        lacks = ", ".join(f"`{name}`" for name in missing)
+        raise TypeError(f"{cls.__name__}({', '.join(needed)}, ...) is missing {lacks}: give it{found}")
+
+
+def _of_overflow(x: Tensor) -> str:
+    """What to do about numbers whose squares their dtype does not hold; nothing where it does."""
+    largest = float(x.abs().max())
+    if largest**2 < torch.finfo(x.dtype).max:
+        return ""
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f": x reaches {largest:.2g}, whose square {dtype} does not hold; use preprocess=pgen.data.Standardize() or rescale x"
 
 
 def _mean(term: Term) -> Tensor:

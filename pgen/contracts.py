@@ -27,11 +27,13 @@ __all__ = [
     "Score",
     "Seed",
     "as_seed",
+    "as_sizes",
     "check_choice",
     "check_event_shape",
     "check_positive",
     "difference_kind",
     "nearest",
+    "plus_minus",
 ]
 
 Batch: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -196,9 +198,29 @@ class Score:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
         what = f"({KIND_WORDS[self.kind]}{samples})"
         if len(self) == 1:
-            error = "" if self.mc_error is None else f" ± {float(self.mc_error):.2f}"
-            return f"{self.mean:.2f}{error} nats {what}, {self.bits_per_dim:.3f} bits/dim"
-        return f"{self.mean:.2f} ± {self.std_error:.2f} nats a datum {what}, {self.bits_per_dim:.3f} bits/dim, {len(self)} data"
+            error = None if self.mc_error is None else float(self.mc_error)
+            return f"{plus_minus(self.mean, error)} nats {what}, {self.bits_per_dim:.3f} bits/dim{self._outside()}"
+        mean = plus_minus(self.mean, self.std_error)
+        return f"{mean} nats a datum {what}, {self.bits_per_dim:.3f} bits/dim, {len(self)} data{self._outside()}"
+
+    def _outside(self) -> str:
+        """What to say of data that have no density at all."""
+        impossible = torch.isneginf(self.value)
+        if not (count := int(impossible.sum())):
+            return ""
+        rest = "" if count == len(self) else f" (the others: {float(self.value[~impossible].double().mean()):.2f})"
+        return f"; {count} of {len(self)} lie{'s' * (len(self) == 1)} where the density is zero{rest}"
+
+
+def plus_minus(value: float, error: float | None, digits: int = 2, sign: str = "") -> str:
+    """A number with its standard error, where it has one: that of one datum, or of what is infinite, is unknown.
+
+    Example:
+        >>> plus_minus(-1.234, 0.05), plus_minus(0.5, 0.05, 3, "+"), plus_minus(-math.inf, math.nan)
+        ('-1.23 ± 0.05', '+0.500 ± 0.050', '-inf')
+    """
+    shown = f"{value:{sign}.{digits}f}"
+    return shown if error is None or not math.isfinite(error) else f"{shown} ± {error:.{digits}f}"
 
 
 _SIDE = {"exact": 0, "lower_bound": -1, "upper_bound": 1}
@@ -424,16 +446,33 @@ def check_positive(argument: str, value: float | None, *, allow_none: bool = Fal
         raise ValueError(f"`{argument}` should be a positive {'integer' if integer else 'number'}, got {value!r}")
 
 
-def check_event_shape(argument: str, x: Tensor, event_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``x`` has shape ``(N, *event_shape)``."""
+def as_sizes(argument: str, value: int | Sequence[int], *, least: int = 0) -> tuple[int, ...]:
+    """Sizes of layers, ``least`` or more; one number is one layer.
+
+    Example:
+        >>> as_sizes("hidden", 8), as_sizes("hidden", [16, 8])
+        ((8,), (16, 8))
+    """
+    numbers = [value] if isinstance(value, (int, np.integer)) else value
+    if isinstance(numbers, Tensor):
+        numbers = numbers.tolist()
+    whole = isinstance(numbers, Sequence) and all(isinstance(n, (int, np.integer)) and n >= 1 for n in numbers)
+    if not whole or isinstance(numbers, str) or len(numbers) < least or any(isinstance(n, bool) for n in numbers):
+        count = "one or more positive sizes" if least else "positive sizes"
+        raise ValueError(f"`{argument}` should be {count}, such as 128 or (128, 128), got {value!r:.60}")
+    return tuple(int(n) for n in numbers)
+
+
+def check_event_shape(argument: str, x: Tensor, event_shape: tuple[int, ...], advice: str = "") -> None:
+    """Raise ValueError unless ``x`` has shape ``(N, *event_shape)``; ``advice`` goes before guesses at the cause."""
     if tuple(x.shape[1:]) == tuple(event_shape) and x.dim() >= 1:
         return
     shape, want = tuple(x.shape), tuple(event_shape)
-    hint = ""
+    hint = advice
     if shape == want:
         hint = "; one datum? use x[None]"
-    elif x.dim() == 2 and len(want) == 1 and shape[0] == want[0]:
+    elif not advice and x.dim() == 2 and len(want) == 1 and shape[0] == want[0]:
         hint = "; did you mean x.T?"
-    elif math.prod(shape[1:]) == math.prod(want):
+    elif not advice and math.prod(shape[1:]) == math.prod(want):
         hint = f"; did you mean x.reshape(-1, {', '.join(map(str, want))})?"
     raise ValueError(f"`{argument}` should have shape (N, {', '.join(map(str, want))}), got {shape}{hint}")

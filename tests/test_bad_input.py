@@ -15,6 +15,8 @@ import pgen
 from pgen import models
 from pgen.models import VAE, Autoencoder
 
+STEPS = {"steps": 1, "progress": False, "compile": "eager"}
+
 
 @contextmanager
 def refused(match, kind=ValueError):
@@ -523,6 +525,77 @@ def test_a_class_that_a_network_has_not_is_named_before_it_is_looked_up(family):
         model.log_prob(x[4:])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.HiddenMarkov((4,), 2, num_classes=3),
+        lambda: models.WaveNet((4,), num_classes=3),
+        lambda: models.MADE((4,), likelihood="categorical", num_classes=3),
+        lambda: models.Mixture((4,), 2, "categorical", num_classes=3),
+    ],
+    ids=["hidden_markov", "wavenet", "made", "mixture"],
+)
+def test_a_class_too_high_is_told_with_the_number_of_classes_that_would_do(make):
+    x = torch.zeros(200, 4)
+    x[1, 2], x[199, 0] = 4.0, 500.0
+    advice = r"row 1 holds 4, outside the support .*: the largest value is 500, for which num_classes=501 would do$"
+    for question in (lambda: make().fit(x, **STEPS), lambda: make().log_prob(x)):
+        with refused(advice):
+            question()
+
+
+def test_a_symbol_before_the_next_one_lies_in_the_support():
+    with refused(r"`prefix`: data row 1 holds 3, outside the support"):
+        models.HiddenMarkov((4,), 2, num_classes=3).next([[0.0, 2.0], [1.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.HiddenMarkov((6,), 2, num_classes=3),
+        lambda: models.WaveNet((6,), num_classes=3),
+        lambda: models.CausalTransformer((6,), num_classes=3),
+    ],
+    ids=["hidden_markov", "wavenet", "causal_transformer"],
+)
+def test_sequences_of_another_length_are_told_what_to_do(make):
+    model = make()
+    with refused(r"\(N, 6\), got \(3, 4\); shorter sequences are padded, .* told: data=pgen.data.pad\(sequences, 6\)$"):
+        model.fit(torch.zeros(3, 4))
+    with refused(r"got \(3, 9\); cut longer .* by pgen.data.windows\(sequence, 6\), or make .* with event_shape=\(9,\)$"):
+        model.log_prob(torch.zeros(3, 9))
+    with refused(r"row 2, column 5 is nan; .*; if it is padding, put zeros there and tell the lengths, as pgen.data.pad does$"):
+        model.fit(torch.tensor([[0.0] * 6, [1.0] * 6, [2.0] * 5 + [math.nan]]))
+    with refused(r"got \(6,\); one datum\? use x\[None\]$"):
+        model.log_prob(torch.zeros(6))
+    padded = pgen.data.pad(list(torch.zeros(3, 4)), 6)
+    assert len(model.log_prob(padded)) == 3
+
+
+HIDDEN = {
+    "flow": lambda hidden: models.Flow((2,), hidden=hidden),
+    "made": lambda hidden: models.MADE((2,), hidden),
+    "vae": lambda hidden: VAE((2,), 1, hidden),
+    "autoencoder": lambda hidden: Autoencoder((2,), 1, hidden),
+    "gan": lambda hidden: models.GAN((2,), hidden=hidden),
+    "energy": lambda hidden: models.EnergyBased((2,), hidden=hidden),
+    "gaussian_mixture": lambda hidden: models.GaussianMixture((2,), 3, context_dim=2, hidden=hidden),
+    "mixture": lambda hidden: models.Mixture((2,), 3, context_dim=2, hidden=hidden),
+    "mixture_of": lambda hidden: models.MixtureOf([models.Gaussian((2,))], context_dim=2, hidden=hidden),
+    "hidden_markov": lambda hidden: models.HiddenMarkov((4,), 2, num_classes=3, context_dim=2, hidden=hidden),
+}
+
+
+@pytest.mark.parametrize("family", HIDDEN)
+def test_one_number_is_one_hidden_layer_in_every_family(family):
+    one, same = HIDDEN[family](8), HIDDEN[family]((8,))
+    assert one.settings() == same.settings() and one.settings()["hidden"] == [8]
+    assert [p.shape for p in one.parameters()] == [p.shape for p in same.parameters()]
+    for bad in (0, (8, 0), 8.5, (8.5,), "8", True, None if family != "gan" else -1):
+        with refused(rf"^`hidden` should be .*positive sizes, such as 128 or \(128, 128\), got {re.escape(repr(bad))}$"):
+            HIDDEN[family](bad)
+
+
 def test_a_question_names_its_own_argument():
     model = models.Gaussian((2,))
     with refused("`x` is ragged"):
@@ -533,16 +606,87 @@ def test_a_question_names_its_own_argument():
         model.fit(torch.zeros(0, 2))
 
 
+def test_a_classifier_names_its_own_argument():
+    classifier = models.GenerativeClassifier(lambda k: models.Gaussian((2,)), 2)
+    none, y = torch.zeros(0, 2), torch.zeros(0)
+    for question in (classifier.fit, classifier.calibrate, classifier.evaluate):
+        with refused("^`x` has no rows$"):
+            question(none, y)
+    with refused("^`x` has no rows$"):
+        classifier.predict(none)
+    with refused("^`validation` has no rows$"):
+        classifier.fit(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), validation=(none, y))
+
+
 def test_complex_numbers_are_refused():
     x = torch.zeros(5, 2, dtype=torch.complex64)
     with refused("`data` should hold real numbers, got torch.complex64", TypeError):
         models.Gaussian((2,)).fit(x)
 
 
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (models.MADE((3,), (8,), likelihood="gaussian"), r"^number 1 of each datum is constant \(2.5 in all 20 data\), so"),
+        (models.MADE((3,), (8,), columns=["binary", "continuous", "continuous"]), "number 1 of each datum is constant"),
+        (models.Gaussian((3,)), "number 1 of each datum is constant"),
+        (models.Gaussian((3,), "low_rank", rank=1), "number 1 of each datum is constant"),
+        (models.GaussianMixture((3,), 2), "number 1 of each datum is constant"),
+        (models.Mixture((3,), 2, columns=["binary", "continuous", "continuous"]), "number 0 of each datum is constant"),
+        (models.FactorAnalysis((3,), 1), "number 1 of each datum is constant"),
+        (
+            models.MixtureOf([models.Gaussian((3,)), models.MADE((3,), likelihood="gaussian")]),
+            r"^component 0, which starts at \d+ of the data: .*number [01] of each datum is constant",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, pgen.GenerativeModel) else "",
+)
+def test_a_constant_number_is_refused_by_every_gaussian_likelihood(model, match):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0], x[:, 1] = (x[:, 0] > 0).float(), 2.5
+    with refused(match):
+        model.fit(x, **STEPS)
+
+
+def test_a_constant_bit_and_a_constant_pixel_have_a_likelihood_and_a_constant_channel_has_none():
+    x = torch.stack([torch.ones(20), torch.linspace(-1.0, 1.0, 20)], 1)
+    models.MADE((2,), (8,), columns=["binary", "continuous"]).fit(x, **STEPS)
+    images = torch.randn(20, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    images[:, 1, 0, 2] = 0.5
+
+    def pixels():
+        return models.PixelCNN((2, 3, 4), 4, 1, likelihood="gaussian", first_kernel=3, kernel=3)
+
+    pixels().fit(images, **STEPS)
+    images[:, 1] = 0.5
+    with refused(r"^number 1 of each pixel is constant \(0.5 in all 240 pixels\).*: drop that channel, or take another"):
+        pixels().fit(images, **STEPS)
+    with refused(r"^number 1 of each position is constant \(0.5 in all 120 positions\).*: drop it, or take another"):
+        models.WaveNet((6, 2), "gaussian").fit(images.flatten(2)[:, :, :6].mT, **STEPS)
+
+
 @pytest.mark.parametrize("shape", [2, None])
 def test_an_event_shape_is_a_tuple(shape):
     with refused(rf"`event_shape` should be a tuple of sizes such as \(2,\) or \(28, 28\), got {shape}", TypeError):
         models.Gaussian(shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: models.ProbabilisticPCA((30,)),
+            r"^ProbabilisticPCA\(event_shape, latent_dim, ...\) is missing `latent_dim`: give it, or let "
+            r"ProbabilisticPCA.for_data\(x\) choose$",
+        ),
+        (lambda: models.FactorAnalysis(event_shape=(30,)), r"^FactorAnalysis\(.*\) is missing `latent_dim`"),
+        (lambda: models.Gaussian(covariance="full"), r"^Gaussian\(event_shape, ...\) is missing `event_shape`"),
+        (lambda: models.MixtureOf(seed=1), r"^MixtureOf\(components, ...\) is missing `components`: give it$"),
+    ],
+)
+def test_an_argument_that_is_missing_is_named_with_the_family(make, match):
+    with refused(match, TypeError):
+        make()
 
 
 def test_moments_of_a_number_that_never_varies_are_told_from_others():

@@ -71,6 +71,32 @@ def test_a_given_prior_stays(data):
     torch.testing.assert_close(classifier.log_prior.exp(), torch.tensor([0.2, 0.5, 0.3]).double())
 
 
+def test_a_classifier_that_is_not_fitted_says_so_and_one_set_by_hand_answers():
+    x = torch.tensor([[0.0], [2.0], [5.0]])
+    unfitted = r"^this classifier is not fitted yet, as the models of classes 0, 1 have seen no data; call fit\(x, y\) first"
+    classifier = GenerativeClassifier(lambda k: Gaussian((1,)), num_classes=2)
+    for question in (classifier.predict, classifier.predict_proba, classifier.log_prob, classifier.kind):
+        with pytest.raises(ValueError, match=rf"{unfitted}$"):
+            question(x)
+    with pytest.raises(ValueError, match="as its model has seen no data"):
+        GenerativeClassifier(Gaussian((1,), context_dim=2)).predict(x)
+    low, high = classifier.models
+    high.loc.data.fill_(4.0)
+    known = torch.sigmoid(4 * x[:, 0].double() - 8)  # log N(x; 4, 1) - log N(x; 0, 1)
+    with pytest.warns(UserWarning, match=rf"{unfitted}, or set model.primed = True where"):
+        torch.testing.assert_close(classifier.predict_proba(x)[:, 1], known)
+    low.primed = high.primed = True
+    torch.testing.assert_close(classifier.predict_proba(x)[:, 1], known)
+
+
+def test_a_model_answers_before_a_fit_and_its_preprocessing_says_what_it_lacks():
+    model = Gaussian((2,))
+    model.loc.data.fill_(3.0)
+    torch.testing.assert_close(model.log_prob(torch.full((1, 2), 3.0)).value, torch.tensor([-math.log(2 * math.pi)]).double())
+    with pytest.raises(ValueError, match=r"^Standardize has not seen data yet; call fit\(x\) first"):
+        Gaussian((2,), preprocess=pgen.data.Standardize()).log_prob(torch.zeros(1, 2))
+
+
 def test_one_model_with_the_class_as_context(data):
     x, y, centres = data
     vae = VAE((2,), 2, (16,), likelihood="gaussian", context_dim=3, preprocess=pgen.data.Standardize())

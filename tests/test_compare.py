@@ -119,6 +119,17 @@ def test_no_density_at_all_loses_and_is_noted():
     assert lost.names == ["whole", "nan"] and lost.difference("whole", "nan").winner is None and "NaN" in str(lost)
 
 
+def test_a_density_of_zero_has_no_standard_error():
+    hole = score([-1.0, -math.inf, -3.0, -math.inf], event_size=2)
+    told = "-inf nats a datum (exact), inf bits/dim, 4 data; 2 of 4 lie where the density is zero (the others: -2.00)"
+    assert str(hole) == told
+    assert str(score([-math.inf])) == "-inf nats (exact), inf bits/dim; 1 of 1 lies where the density is zero"
+    whole = score([-3.0, -4.0, -3.0, -4.0], event_size=2)
+    for text in (str(pgen.compare({"hole": hole, "whole": whole})), pgen.compare({"a": hole, "b": hole}).to_markdown()):
+        assert "nan" not in text and "-inf" in text and "no density at all to 2 of 4 data" in text
+    assert pgen.compare({"a": hole, "b": hole}).difference("a", "b").verdict == "undecided: zero density on both sides"
+
+
 # --- units ---------------------------------------------------------------------------------------------------------------
 
 

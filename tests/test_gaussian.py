@@ -8,7 +8,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pgen.data import Standardize
-from pgen.models import Gaussian
+from pgen.models import Gaussian, GaussianMixture, KernelDensity
 
 EXACT = {"precision": "float64"}
 
@@ -41,6 +41,26 @@ def test_the_diagonal_closed_form_is_the_variances_of_numpy():
     model = fitted(x, "diagonal")
     torch.testing.assert_close(model.distribution().variance.detach(), torch.from_numpy(x.numpy().var(0)))
     assert model.log_prob(x).mean < fitted(x).log_prob(x).mean
+
+
+@pytest.mark.parametrize(("covariance", "rank"), [("full", None), ("diagonal", None), ("low_rank", 2)])
+def test_numbers_whose_squares_overflow_have_a_density(covariance, rank):
+    x, far = data(), data().float() * 1e20
+    model = Gaussian((4,), covariance, rank=rank)
+    model.fit(far, **({"steps": 1, "optimizer": 0.0001, "progress": False, "compile": "eager"} if rank else {}))
+    known = fitted(x, "full" if covariance == "full" else "diagonal").log_prob(x)  # of a low rank one step is next to nothing
+    score = model.log_prob(far)
+    torch.testing.assert_close(score.value, known.value - 80 * math.log(10), atol=2e-3, rtol=0)
+    assert score.mean == pytest.approx(known.mean - 80 * math.log(10), abs=1e-3) and math.isfinite(score.std_error)
+
+
+def test_what_overflows_is_told_where_a_family_cannot_take_it():
+    far = data().float() * 1e20
+    told = r"has a log-density of (nan|-inf).*: x reaches .*e\+2\d, whose square float32 does not hold; use .*Standardize"
+    with pytest.raises(ValueError, match=told):
+        GaussianMixture((4,), 2).fit(far, steps=1, progress=False)
+    with pytest.raises(ValueError, match=told):
+        KernelDensity((4,), bandwidth="silverman").fit(far)
 
 
 def test_arrays_are_vectors_in_row_major_order():

@@ -272,6 +272,18 @@ def test_regress_takes_classes_as_indicators_that_sum_to_one():
 # --- bad data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": 1, "progress": False, "compile": "eager"}], ids=["closed", "steps"])
+def test_so_few_rows_that_nothing_is_left_for_the_noise_are_told_of(options):
+    def fit(rows, latent_dim, **more):
+        FactorAnalysis((5,), latent_dim, **more).fit(data(rows, 5), **options)
+
+    fit(4, 2)
+    with pytest.warns(UserWarning, match=r"3 rows for latent_dim=2: .*; lower `latent_dim` to 1 or less, or give 4 rows"):
+        fit(3, 2)
+    with pytest.warns(UserWarning, match=r"has 2 rows for latent_dim=1: .*noise alone; give 3 rows or more$"):
+        fit(2, 1)
+
+
 def test_bad_data_are_named():
     x = data()
     constant, never = x.clone(), x.clone()
@@ -296,6 +308,19 @@ def test_almost_full_rank_equals_the_full_gaussian():
     assert model.log_prob(x).mean == pytest.approx(full.log_prob(x).mean, abs=1e-9)
 
 
+@pytest.mark.parametrize("family", [ProbabilisticPCA, FactorAnalysis])
+def test_numbers_whose_squares_overflow_have_a_density(family):
+    x, model = data(), family((5,), 2)
+    model.fit((x * 1e20).float())
+    gaps = x.clone()
+    gaps[::3, 1] = math.nan  # densities of what is observed
+    known = fitted(family, x)[0]
+    for seen in (x, gaps):
+        size = 20 * math.log(10) * (~seen.isnan()).sum(1)
+        found = model.log_prob((seen * 1e20).float()).value
+        torch.testing.assert_close(found, known.log_prob(seen).value - size, atol=2e-2, rtol=0)
+
+
 def test_the_distribution_samples_what_it_scores():
     from pyro.distributions.testing.gof import vector_density_goodness_of_fit
 
@@ -304,7 +329,7 @@ def test_the_distribution_samples_what_it_scores():
         torch.manual_seed(0)
         x = fn.sample((3003,))
     assert vector_density_goodness_of_fit(x.double(), fn.log_prob(x).exp().double()) > 1e-4
-    known = MultivariateNormal(fn.loc, fn.factor @ fn.factor.T + fn.noise.diag())
+    known = MultivariateNormal(fn.loc, fn.factor @ fn.factor.T + fn.scale.square().diag())
     torch.testing.assert_close(fn.log_prob(x), known.log_prob(x), atol=1e-4, rtol=0)
     torch.testing.assert_close(fn.variance, known.variance)
     assert pgen.models.REGISTRY["factor_analysis"] is FactorAnalysis

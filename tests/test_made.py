@@ -74,6 +74,17 @@ def test_several_orders_are_an_exact_mixture():
         made.one(4)
 
 
+def test_values_before_the_next_column_lie_in_their_support():
+    made = MADE((3,), columns=["continuous", ("categorical", 3), "binary"], order=[1, 0, 2], num_orders=2)
+    made.next([[2.0, -7.5]])  # column 1, then column 0
+    with pytest.raises(ValueError, match=r"^`prefix`: data row 1, column 1 holds 3, outside the support IntegerInterval"):
+        made.one(0).next([[2.0, -7.5], [3.0, 0.0]])
+    with pytest.raises(ValueError, match=r"^prefix row 0, column 1 is nan"):
+        made.next([[2.0, math.nan]])
+    with pytest.raises(ValueError, match="`number` should be one of the 2 orders, 0 to 1, got 2"):
+        made.next([[2.0]], number=2)
+
+
 @pytest.mark.parametrize("order", ["natural", "random", [5, 0, 3, 1, 4, 2]])
 def test_a_conditional_of_an_order_is_that_of_its_columns(order):
     made = fitted(BITS, order=order)

@@ -1,5 +1,6 @@
 """Mixtures against scikit-learn, brute force and hand-made answers."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -223,7 +224,9 @@ def test_smoothing_counts_the_rows_of_a_source_that_are_still_to_come():
 def test_as_many_components_as_data_and_duplicates():
     x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [3.0, -1.0]])
     for model in (GaussianMixture((2,), 4), GaussianMixture((2,), 3, "diagonal")):
-        model.fit(x, steps=100, progress=False)
+        shared = r"`data` has 3 distinct rows for num_components=4: .*; take 3 or fewer, or spread .* with .*Dequantize"
+        with pytest.warns(UserWarning, match=shared) if model.num_components == 4 else contextlib.nullcontext():
+            model.fit(x, steps=100, progress=False)
         assert bool(torch.isfinite(model.log_prob(x).value).all()) and model.sample(3).shape == (3, 2)
 
 

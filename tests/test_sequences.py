@@ -404,12 +404,12 @@ def test_numbers_are_standardised_by_those_that_count(make):
 @families
 def test_constant_numbers_are_refused(make):
     good = {"progress": False, "steps": 1}
-    message = r"`data` is constant \(0.1 at all 21 positions\), so a Gaussian's density has no bound: give data that vary"
+    message = r"`data` is constant \(0.1 in all 21 positions\), so a Gaussian's density has no bound: give data that vary"
     with pytest.raises(ValueError, match=message):
         make((T,), "gaussian", None).fit(torch.full((3, T), 0.1), **good)
     x = torch.randn(3, T, 2, generator=torch.Generator().manual_seed(1))
     x[..., 1] = -4
-    with pytest.raises(ValueError, match=r"number 1 of each position is constant \(-4 at all 21 positions\).*: drop it"):
+    with pytest.raises(ValueError, match=r"number 1 of each position is constant \(-4 in all 21 positions\).*: drop it"):
         make((T, 2), "gaussian_mixture", None).fit(x, **good)
 
 

@@ -20,6 +20,7 @@ from ..files import tensor_bytes
 __all__ = [
     "as_batch",
     "check_finite",
+    "check_varies",
     "fingerprint",
     "is_source",
     "map_tensors",
@@ -117,6 +118,32 @@ def check_finite(batch: Batch | DataSource, name: str = "data", numbers: Tensor 
         # A sum is finite only where every term is: one pass and no copy for good data.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
             _check_each(path, tensor, numbers)
+
+
+def check_varies(
+    x: Tensor,
+    still: Tensor | None = None,
+    *,
+    what: str = "number {} of each datum",
+    many: str = "data",
+    fix: str = "drop it, or if x is discrete give preprocess=pgen.data.Dequantize(levels)",
+) -> None:
+    """Refuse a number that never varies, on which the density of a Gaussian has no bound.
+
+    Args:
+        x: ``(N, D)``.
+        still: Which numbers are refused, ``(D,)``; by default those that have one value.
+        what: What a number is called.
+        many: What the N are.
+        fix: What to do about it.
+    """
+    still = x.amax(0) == x.amin(0) if still is None else still
+    if bool(still.any()):
+        column = int(still.nonzero()[0, 0])
+        raise ValueError(
+            f"{what.format(column)} is constant ({float(x[0, column]):g} in all {len(x)} {many}), so a Gaussian's "
+            f"density has no bound: {fix}"
+        )
 
 
 def fingerprint(batch: Batch | DataSource) -> str:

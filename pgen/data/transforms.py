@@ -134,6 +134,8 @@ class Standardize(Transform):
 
     def forward_with_log_det(self, x: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Centre and scale x, ``(N, *event)``; entries that are not observed count nothing."""
+        if self.mean.dim() == 0 and x.dim() > 1:
+            raise ValueError("Standardize has not seen data yet; call fit(x) first, of the model that it belongs to or its own")
         check_event_shape("x", x, tuple(self.mean.shape))
         y, cost = (x - self.mean) / self.sd, self.sd.double().log()
         if observed is not None:

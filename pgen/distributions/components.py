@@ -26,6 +26,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.functional import logsigmoid, softplus
 
 from ..contracts import check_choice, check_positive
+from ..data.arrays import check_varies
 from ..nn import MLP
 from .columns import Kind, as_columns
 
@@ -225,7 +226,7 @@ class GaussianComponents(Components):
         if observed is not None:
             return self._start_of(x, weight, observed)
         unit = x.var(0, correction=0)
-        _check_varies(x, unit)
+        check_varies(x, _still(x, unit))
         self.unit.copy_(unit)
         total = weight.sum(0)[:, None] + 1e-9
         means = weight.T @ x / total
@@ -246,7 +247,8 @@ class GaussianComponents(Components):
         """The same of what is observed, number by number."""
         self._check_independent()
         mean, unit = _moments(x, observed)
-        _check_varies(torch.where(observed, x, mean), unit)
+        filled = torch.where(observed, x, mean)
+        check_varies(filled, _still(filled, unit))
         self.unit.copy_(unit)
         total = weight.T @ observed.to(weight) + 1e-9
         y = torch.where(observed, x - mean, 0.0)
@@ -415,15 +417,9 @@ def standardised(x: Tensor) -> Tensor:
     return (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-12)
 
 
-def _check_varies(x: Tensor, variance: Tensor) -> None:
-    """Refuse a constant column, on which the density of a Gaussian has no bound."""
-    still = variance <= 1e-12 * x.square().mean(0)
-    if bool(still.any()):
-        column = int(still.nonzero()[0, 0])
-        raise ValueError(
-            f"number {column} of each datum is constant ({float(x[0, column]):g} in all {len(x)} data), so a "
-            f"Gaussian's density has no bound: drop it, or if x is discrete give preprocess=pgen.data.Dequantize(levels)"
-        )
+def _still(x: Tensor, variance: Tensor) -> Tensor:
+    """Which numbers are constant up to the rounding of their squares."""
+    return variance <= 1e-12 * x.square().mean(0)
 
 
 class BernoulliComponents(Components):

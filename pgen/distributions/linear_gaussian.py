@@ -16,7 +16,21 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["LinearGaussian", "check_spread", "regress"]
+__all__ = ["LinearGaussian", "Normal", "check_spread", "regress"]
+
+
+class Normal(dist.Normal):
+    """The normal distribution, its log-density by way of (x - loc) / scale: squares of large numbers would overflow.
+
+    Example:
+        >>> Normal(torch.zeros(()), torch.tensor(1e30)).log_prob(torch.zeros(()))  # - 30 log 10 - 0.5 log 2 pi
+        tensor(-69.9965)
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats."""
+        away = (value - self.loc) / self.scale
+        return -0.5 * away.square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
 
 
 class LinearGaussian(dist.TorchDistribution):
@@ -27,12 +41,14 @@ class LinearGaussian(dist.TorchDistribution):
     .. math:: C = I + W^\top \Psi^{-1} W, \quad m = C^{-1} W^\top \Psi^{-1} (x - \mu), \quad
         -2 \log p(x) = \sum_d \left( \log 2 \pi \psi_d + \frac{(x - \mu - W m)_d^2}{\psi_d} \right) + \log |C| + |m|^2
 
-    Shapes: loc and observed ``(*batch, D)``, factor ``(D, q)``, noise ``(D,)`` -> log_prob ``(*batch,)``, in nats.
+    in units of the noise, so that x may be of any size.
+
+    Shapes: loc and observed ``(*batch, D)``, factor ``(D, q)``, scale ``(D,)`` -> log_prob ``(*batch,)``, in nats.
 
     Args:
         loc: The mean.
         factor: W.
-        noise: The diagonal of Psi: variances, in squared units of x.
+        scale: The root of the diagonal of Psi: standard deviations of the noise, in units of x.
         observed: False where x is missing; all is observed by default.
 
     Example:
@@ -44,8 +60,8 @@ class LinearGaussian(dist.TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, loc: Tensor, factor: Tensor, noise: Tensor, observed: Tensor | None = None) -> None:
-        self.loc, self.factor, self.noise, self.observed = loc, factor, noise, observed
+    def __init__(self, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None = None) -> None:
+        self.loc, self.factor, self.scale, self.observed = loc, factor, scale, observed
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     @property
@@ -57,19 +73,25 @@ class LinearGaussian(dist.TorchDistribution):
         """The same for more data."""
         shape = (*batch_shape, *self.event_shape)
         observed = None if self.observed is None else self.observed.expand(shape)
-        return LinearGaussian(self.loc.expand(shape), self.factor, self.noise, observed)
+        return LinearGaussian(self.loc.expand(shape), self.factor, self.scale, observed)
 
     @property
     def variance(self) -> Tensor:
         """``(*batch, D)``."""
-        return (self.noise + self.factor.square().sum(-1)).expand_as(self.loc)
+        return (self.scale.square() + self.factor.square().sum(-1)).expand_as(self.loc)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """``(*batch, D, D)``."""
+        covariance = self.factor @ self.factor.T + self.scale.square().diag()
+        return covariance.expand(*self.loc.shape, -1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws of all entries, the missing ones too."""
         shape = self._extended_shape(torch.Size(sample_shape))
         z = torch.randn(*shape[:-1], self.factor.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + z @ self.factor.T + self.noise.sqrt() * noise
+        return self.loc + z @ self.factor.T + self.scale * noise
 
     def latent(self, x: Tensor) -> dist.MultivariateNormal:
         """The posterior of z, given what is observed of x."""
@@ -79,8 +101,8 @@ class LinearGaussian(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the observed entries, in nats."""
         precision, mean = self._posterior(value)
-        away = (value - self.loc - mean @ self.factor.T).square() / self.noise
-        terms = self._seen(away + (2 * math.pi * self.noise).log())
+        away = (value - self.loc - mean @ self.factor.T) / self.scale
+        terms = self._seen(away.square() + (2 * self.scale.log() + math.log(2 * math.pi)))
         log_det = 2 * torch.linalg.cholesky_ex(precision)[0].diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (terms.sum(-1) + log_det + mean.square().sum(-1))
 
@@ -89,9 +111,10 @@ class LinearGaussian(dist.TorchDistribution):
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """C ``(*batch, q, q)`` (one for all where nothing is missing) and m ``(*batch, q)``."""
-        weight = self._seen((1 / self.noise).expand_as(x) if self.observed is not None else 1 / self.noise)
-        precision = _identity(self.factor) + (self.factor.T * weight[..., None, :]) @ self.factor
-        right = self._seen((x - self.loc) / self.noise) @ self.factor
+        factor = self.factor / self.scale[:, None]
+        seen = factor.T if self.observed is None else factor.T * self.observed[..., None, :]
+        precision = _identity(factor) + seen @ factor
+        right = self._seen((x - self.loc) / self.scale) @ factor
         lower = torch.linalg.cholesky_ex(precision)[0]
         return precision, torch.cholesky_solve(right[..., None], lower).squeeze(-1)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Seed, check_choice, kind_of
+from ..contracts import Seed, check_choice, kind_of, plus_minus
 from ..training.progress import Progress
 from .compare import Comparison, compare
 from .units import QUIET_SECONDS
@@ -57,8 +57,8 @@ class Choice:
         lines = [f"{'model':<20}  {'held-out nats a datum':>22}  {'less the best':>18}"]
         for name in self.models:
             score, gap = self.comparison.scores[name], self.comparison.difference(name, self.best)
-            against = "" if name == self.best else f"{gap.mean:+.3f} ± {gap.std_error:.3f}"
-            mean = f"{score.mean:.3f} ± {score.std_error:.3f}"
+            against = "" if name == self.best else plus_minus(gap.mean, gap.std_error, 3, "+")
+            mean = plus_minus(score.mean, score.std_error, 3)
             lines.append(f"{name:<20}  {mean:>22}  {against:>18}{'  <- chosen' if name == self.name else ''}".rstrip())
         how = "the first within one standard error of the best" if self.rule == RULES[0] else "the best"
         return "\n".join([*lines, f"chosen: {self.name}, {how} ({self.best}), of {len(self.models)} models"])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..contracts import KIND_WORDS, NotAvailable, Score, Seed, as_seed
+from ..contracts import KIND_WORDS, NotAvailable, Score, Seed, as_seed, plus_minus
 from ..training.progress import Progress
 from .units import QUIET_SECONDS
 
@@ -40,12 +40,14 @@ class Difference:
         second: A name.
         score: The differences datum by datum, with what they are: exact, a bound, an estimate.
         width: Standard errors on each side of the mean within which nothing is decided.
+        impossible: Whether both give no density at all to some of the data, so that neither is better.
     """
 
     first: str
     second: str
     score: Score
     width: float
+    impossible: bool = False
 
     @property
     def mean(self) -> float:
@@ -81,6 +83,8 @@ class Difference:
         if self.winner is not None:
             return f"{self.winner} is better"
         low, high = self.interval
+        if self.impossible:
+            return "undecided: zero density on both sides"
         if math.isnan(self.mean) or math.isnan(low):
             return "undecided: not finite, or too few data"
         if self.score.kind == "unnormalised":
@@ -116,7 +120,9 @@ class Comparison:
         for name in (first, second):
             if name not in self.scores:
                 raise ValueError(f"{name!r} is not in this comparison (it has {', '.join(self.scores)})")
-        return Difference(first, second, self.scores[first] - self.scores[second], self._width())
+        a, b = self.scores[first], self.scores[second]
+        impossible = all(bool(torch.isneginf(score.value).any()) for score in (a, b))
+        return Difference(first, second, a - b, self._width(), impossible)
 
     def _width(self) -> float:
         """Standard errors that hold for all pairs at once (Bonferroni)."""
@@ -179,14 +185,18 @@ class Comparison:
             (
                 str(row["rank"]),
                 row["model"],
-                f"{row['mean']:.3f} ± {row['std_error']:.3f}",
+                plus_minus(row["mean"], row["std_error"], 3),
                 KIND_WORDS[row["kind"]],
                 f"{row['bits_per_dim']:.3f}",
-                "" if row["rank"] == 1 else f"{row['difference']:+.3f} ± {row['difference_std_error']:.3f}",
+                "" if row["rank"] == 1 or math.isnan(row["difference"]) else self._difference(row),
                 row["verdict"],
             )
             for row in self.to_dict()["models"]
         ]
+
+    @staticmethod
+    def _difference(row: dict[str, Any]) -> str:
+        return plus_minus(row["difference"], row["difference_std_error"], 3, "+")
 
     def _foot(self) -> str:
         first = next(iter(self.scores.values()))

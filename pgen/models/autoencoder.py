@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel
-from ..contracts import Batch, Kind, NotAvailable, Seed, as_seed, check_positive
+from ..contracts import Batch, Kind, NotAvailable, Seed, as_seed, as_sizes, check_positive
 from ..data.batches import key
 from ..data.transforms import Transform
 from ..nn import ACTIVATIONS, MLP, flatten
@@ -73,7 +73,7 @@ class Autoencoder(GenerativeModel):
         self,
         event_shape: Sequence[int],
         latent_dim: int = 8,
-        hidden: Sequence[int] = (256, 256),
+        hidden: int | Sequence[int] = (256, 256),
         *,
         activation: str | type[nn.Module] = "silu",
         preprocess: Transform | None = None,
@@ -81,7 +81,7 @@ class Autoencoder(GenerativeModel):
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess)
         check_positive("latent_dim", latent_dim)
-        self.latent_dim, self.hidden, self.activation = latent_dim, tuple(hidden), ACTIVATIONS.name(activation)
+        self.latent_dim, self.hidden, self.activation = latent_dim, as_sizes("hidden", hidden), ACTIVATIONS.name(activation)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
         with self.initial_weights(seed):
             self.encoder = MLP(size, self.hidden, latent_dim, make).glorot()
@@ -109,7 +109,7 @@ class Autoencoder(GenerativeModel):
         """g(code), of the shape of preprocessed x."""
         return self.decoder(code).unflatten(-1, self.event_shape)
 
-    def _strict(self, batch: Batch, num_data: int) -> None:
+    def _strict(self, batch: Batch, num_data: int, whole: Batch | None = None) -> None:
         """There are no sites to check."""
 
     # -- questions ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ arXiv:1706.04599, here of the likelihood alone, so that an infinite T gives back
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -223,14 +224,14 @@ class GenerativeClassifier(nn.Module):
     def _one_hot(self, y: Tensor) -> Tensor:
         return nn.functional.one_hot(y, self.num_classes).float()
 
-    def _data(self, x: Any) -> Tensor:
-        data = as_batch(x)
+    def _data(self, x: Any, argument: str = "x") -> Tensor:
+        data = as_batch(x, name=argument)
         if not isinstance(data, Tensor):
-            raise TypeError(f"`x` should be one tensor or array, got {type(data).__name__}")
+            raise TypeError(f"`{argument}` should be one tensor or array, got {type(data).__name__}")
         return data
 
     def _checked(self, argument: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-        data = self._data(x)
+        data = self._data(x, "x" if argument == "y" else argument)
         return data, check_labels(argument, y, len(data), self.num_classes)
 
     def _scores(self, x: Tensor, num_samples: int, seed: Seed, progress: bool) -> tuple[Tensor, Tensor | None, Kind, Measure]:
@@ -249,7 +250,20 @@ class GenerativeClassifier(nn.Module):
         errors = [zero if score.mc_error is None else score.mc_error for score in scores]
         measures = {score.measure for score in scores}
         measure: Measure = measures.pop() if len(measures) == 1 else ""
-        return torch.stack([s.value for s in scores], 1), torch.stack(errors, 1) if noisy else None, kind, measure
+        value = torch.stack([s.value for s in scores], 1)
+        self._check_fitted(value)
+        return value, torch.stack(errors, 1) if noisy else None, kind, measure
+
+    def _check_fitted(self, scores: Tensor) -> None:
+        """Refuse models that saw no data and are all alike; warn of those that differ, as they may be set by hand."""
+        unfitted = [k for k, model in enumerate(self._members()) if not model.primed]
+        if not unfitted:
+            return
+        which = "its model has" if self.conditional else f"the models of classes {', '.join(map(str, unfitted))} have"
+        text = f"this classifier is not fitted yet, as {which} seen no data; call fit(x, y) first"
+        if bool((scores == scores[:, :1]).all()):
+            raise ValueError(text)
+        warnings.warn(f"{text}, or set model.primed = True where you set a model's parameters yourself", stacklevel=2)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

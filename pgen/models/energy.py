@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import _evaluating
-from ..contracts import Batch, NotAvailable, Score, Seed, as_seed, check_choice, check_positive
+from ..contracts import Batch, NotAvailable, Score, Seed, as_seed, as_sizes, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.energy import Unnormalised
 from ..evaluation.annealing import AIS
@@ -88,7 +88,7 @@ class EnergyBased(UnnormalisedModel):
         self,
         event_shape: Sequence[int],
         energy: str | nn.Module = "dense",
-        hidden: Sequence[int] = (128, 128),
+        hidden: int | Sequence[int] = (128, 128),
         activation: str = "silu",
         *,
         octaves: int = 0,
@@ -103,9 +103,8 @@ class EnergyBased(UnnormalisedModel):
         self.tempering = _tempering(*tempering)
         if num_labels == 1 or num_labels < 0:
             raise ValueError(f"`num_labels` should be 0 (no classes) or 2 and more, got {num_labels}")
-        self.hidden, self.activation = tuple(int(n) for n in hidden), ACTIVATIONS.name(activation)
-        if any(n < 1 for n in self.hidden) or (energy == "conv" and not self.hidden):
-            raise ValueError(f"`hidden` should be positive sizes, such as (128, 128), got {self.hidden}")
+        self.hidden = as_sizes("hidden", hidden, least=1 if energy == "conv" else 0)
+        self.activation = ACTIVATIONS.name(activation)
         if not 0 <= octaves <= MOST_OCTAVES or (octaves and energy != "dense"):
             raise ValueError(f"`octaves` should be a number up to {MOST_OCTAVES}, with energy='dense', got {octaves}")
         self.octaves, self.confine, self.num_labels = int(octaves), bool(confine), int(num_labels)

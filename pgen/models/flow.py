@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel, _evaluating
-from ..contracts import Batch, Seed, check_choice, check_positive
+from ..contracts import Batch, Seed, as_sizes, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
 from ..distributions.flows import PERMUTATIONS, TRANSFORMS, ActNorm, Chain, FlowDistribution, bijection
@@ -75,7 +75,7 @@ class Flow(GenerativeModel):
         event_shape: Shape of one datum.
         transform: Kind of the maps, see above.
         transforms: How many maps. Default: 3; 1 if continuous.
-        hidden: Hidden layers of each map's network.
+        hidden: Sizes of the hidden layers of each map's network.
         bins: Bins of a spline.
         tail_bound: Half the length of a spline's interval, in standard deviations of the base. Training starts where all but a
             thousandth of each number's deviations in the data lie within 0.85 of it: Gaussian data keep their scale, short
@@ -111,7 +111,7 @@ class Flow(GenerativeModel):
         transform: str = "spline_autoregressive",
         *,
         transforms: int | None = None,
-        hidden: Sequence[int] = (128, 128),
+        hidden: int | Sequence[int] = (128, 128),
         bins: int = 8,
         tail_bound: float = 4.0,
         base_components: int = 1,
@@ -131,14 +131,14 @@ class Flow(GenerativeModel):
         check_positive("tail_bound", tail_bound, integer=False)
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` is a share of hidden units in [0, 1), got {dropout}")
-        self.transform, self.transforms, self.hidden, self.bins = transform, transforms, tuple(hidden), bins
+        self.transform, self.transforms, self.hidden, self.bins = transform, transforms, as_sizes("hidden", hidden), bins
         self.tail_bound, self.permutation, self.dropout = tail_bound, permutation, dropout
         self.base_components = base_components
         size = math.prod(self.event_shape)
         self.actnorm = ActNorm((size,))
         with self.initial_weights(seed):
             self.chain = bijection(
-                transform, size, transforms, hidden, context=context_dim, bins=bins, tail_bound=tail_bound,
+                transform, size, transforms, self.hidden, context=context_dim, bins=bins, tail_bound=tail_bound,
                 permutation=permutation, dropout=dropout,
             )  # fmt: skip
             if base_components > 1:

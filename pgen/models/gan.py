@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel, _evaluating
-from ..contracts import Batch, NotAvailable, Score, Seed, check_choice, check_positive
+from ..contracts import Batch, NotAvailable, Score, Seed, as_sizes, check_choice, check_positive
 from ..data.transforms import Standardize, Transform
 from ..evaluation.annealing import AIS, anneal
 from ..nn.adversaries import ARCHITECTURES, OUTPUTS, Critic, Generator, spectral_norm
@@ -83,7 +83,7 @@ class GAN(GenerativeModel):
         self,
         event_shape: Sequence[int],
         latent_dim: int = 16,
-        hidden: Sequence[int] | None = None,
+        hidden: int | Sequence[int] | None = None,
         *,
         architecture: str = "dense",
         output: str = "linear",
@@ -103,9 +103,7 @@ class GAN(GenerativeModel):
         check_choice("output", output, tuple(OUTPUTS))
         kind = ARCHITECTURES[architecture]
         self.latent_dim, self.architecture, self.output, self.pack = latent_dim, architecture, output, int(pack)
-        self.hidden = kind.hidden if hidden is None else tuple(hidden)
-        if not self.hidden or any(n < 1 for n in self.hidden):
-            raise ValueError(f"`hidden` should be one or more positive sizes, such as {kind.hidden}, got {self.hidden}")
+        self.hidden = kind.hidden if hidden is None else as_sizes("hidden", hidden, least=1)
         self.batch_norm = kind.batch_norm if batch_norm is None else batch_norm
         self.spectral_norm, self.own = spectral_norm, generator is not None or critic is not None
         with self.initial_weights(seed):
@@ -200,7 +198,7 @@ class GAN(GenerativeModel):
             raise ValueError(f"`objective` of a GAN should be a game such as Adversarial(), got {what}, which needs a density")
         return super()._begun(objective, *args)
 
-    def _strict(self, batch: Batch, num_data: int) -> None:
+    def _strict(self, batch: Batch, num_data: int, whole: Batch | None = None) -> None:
         """Both networks fit the data, and a batch is one that they can learn from."""
         batch = cast(dict[str, Any], batch)
         rows, shape = len(batch["x"]), tuple(batch["x"].shape)

@@ -25,7 +25,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
-from ..distributions.linear_gaussian import check_spread, regress
+from ..distributions.linear_gaussian import LinearGaussian, Normal, check_spread, regress
 
 __all__ = ["Gaussian"]
 
@@ -92,11 +92,13 @@ class Gaussian(GenerativeModel):
         return {"event_shape": list(self.event_shape), **plain}
 
     def prime(self, data: Batch) -> None:
-        """Start at the mean and the standard deviations of the data."""
-        x = self._prepared(data)[0]["x"].flatten(1)
+        """Start at the mean and the standard deviations of the data, none of which may be zero."""
+        x = self._prepared(data)[0]["x"].flatten(1).double()
+        scale = x.std(0, correction=0)
+        check_spread(x, scale)
         with torch.no_grad():
             self.loc.copy_(x.mean(0))
-            self.log_scale.copy_(x.std(0, correction=0).clamp(min=1e-6).log())
+            self.log_scale.copy_(scale.log())
 
     def solve(self, batch: dict[str, Tensor]) -> str:
         """The sample mean and covariance; nothing for a low rank."""
@@ -129,8 +131,8 @@ class Gaussian(GenerativeModel):
         if self.covariance == "full":
             return dist.MultivariateNormal(loc, scale_tril=self.lower.tril(-1) + scale.diag())
         if self.covariance == "low_rank":
-            return dist.LowRankMultivariateNormal(loc, self.factor, scale.square())
-        return dist.Normal(loc, scale).to_event(1)
+            return LinearGaussian(loc, self.factor, scale)
+        return Normal(loc, scale).to_event(1)
 
 
 def _correlation(standard: Tensor) -> Tensor:

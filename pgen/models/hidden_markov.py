@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..base import GenerativeModel
-from ..contracts import Batch, NotAvailable, Seed, check_choice, check_event_shape, check_positive
+from ..contracts import Batch, NotAvailable, Seed, as_sizes, check_choice, check_event_shape, check_positive
 from ..data.arrays import as_batch, check_finite
 from ..data.transforms import Transform
 from ..distributions.columns import Kind, plain_columns
@@ -45,10 +45,11 @@ from ..distributions.components import (
 )
 from ..distributions.events import with_event_shape
 from ..distributions.markov import HiddenMarkovChain, emissions, filtered, most_probable, moved, smoothed
+from ..programs import check_support
 from ..training.fit import Training
 from ..training.optim import Adam
 from .mixture import START_ROWS, memberships
-from .sequence import checked_lengths
+from .sequence import OF_PADDING, checked_lengths, length_advice
 
 __all__ = ["HiddenMarkov"]
 
@@ -87,6 +88,7 @@ class HiddenMarkov(GenerativeModel):
 
     family = "hidden_markov"
     also = ("lengths",)
+    nan_advice = OF_PADDING
     default_batch_size = 64
     default_steps = 600
 
@@ -103,7 +105,7 @@ class HiddenMarkov(GenerativeModel):
         floor: float = 1e-4,
         restarts: int = 2,
         context_dim: int = 0,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
@@ -114,7 +116,7 @@ class HiddenMarkov(GenerativeModel):
         self.num_states, self.covariance, self.smoothing, self.floor = num_states, covariance, smoothing, floor
         self.likelihood = likelihood or ("categorical" if columns is None else None)
         self.num_classes, self.columns, self.restarts = num_classes, plain_columns(columns), restarts
-        self.hidden = tuple(hidden)
+        self.hidden = as_sizes("hidden", hidden)
         self.components = vector_components(
             num_states, math.prod(self.event_shape[1:]), self.likelihood, num_classes=num_classes, columns=columns,
             covariance=covariance, floor=floor, smoothing=smoothing,
@@ -190,6 +192,9 @@ class HiddenMarkov(GenerativeModel):
                 inside = torch.arange(values.shape[1], device=values.device) < lengths.to(values.device)[:, None]
                 x = {**x, "x": torch.where(_beside(inside, values), values, torch.zeros_like(values))}
         return super()._checked(argument, x, context, numbers)
+
+    def _shape_advice(self, argument: str, x: Tensor) -> str:
+        return length_advice(argument, x, self.event_shape)
 
     def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         found = super()._further(x, given)
@@ -290,6 +295,8 @@ class HiddenMarkov(GenerativeModel):
         check_finite(given, "prefix")
         given = self._like(given)
         with torch.no_grad():
+            if self.preprocess is None:
+                check_support("`prefix`", self.distribution(), given)
             initial, transition, arrays = self._parts(self._where(context, len(given)))
             weights = initial.double().expand(len(given), -1)
             if given.shape[1]:

@@ -17,10 +17,11 @@ from typing import Any, Protocol, cast
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ..base import SAMPLE_ROWS, GenerativeModel, _evaluating
 from ..contracts import Batch, Seed, check_choice, check_event_shape, check_positive
-from ..data.arrays import as_batch, check_finite
+from ..data.arrays import as_batch, check_finite, check_varies
 from ..distributions.autoregressive import Autoregressive
 from ..distributions.observation import OBSERVATIONS, Observation, observation
 from ..evaluation.posterior import by_rows
@@ -174,9 +175,13 @@ class ImageModel(GenerativeModel):
     def prime(self, data: Batch) -> None:
         """Start at the frequencies of single numbers."""
         x = self._prepared(data)[0]["x"].reshape(-1, self.channels, math.prod(self.event_shape[-2:]))
+        pixels = x.movedim(1, -1).flatten(0, 1)
+        if self.observation.support is constraints.real:  # one pixel may be constant, as the network sees where it is
+            fix = "drop that channel, or take another likelihood"
+            check_varies(pixels, what="number {} of each pixel", many="pixels", fix=fix)
         colours = observation(self.likelihood, (self.channels,), self.num_classes, self.num_components)
         with torch.no_grad():
-            self.network.last().bias.copy_(colours.start(x.movedim(1, -1).flatten(0, 1)))
+            self.network.last().bias.copy_(colours.start(pixels))
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = settings.schedule if settings.schedule is not None or settings.stop == "converged" else "cosine"
@@ -257,7 +262,7 @@ class ImageModel(GenerativeModel):
             One draw for each image, ``(N, *event_shape)``.
         """
         check_positive("num_particles", num_particles)
-        x, count = torch.as_tensor(as_batch(x)), int(num_particles)
+        x, count = torch.as_tensor(as_batch(x, name="x")), int(num_particles)
         check_event_shape("x", x, self.event_shape)
         given = self._like(torch.where(torch.isnan(x), torch.zeros_like(x), x))
         self._check_numbers("x", given)
@@ -290,7 +295,7 @@ class ImageModel(GenerativeModel):
             return by_rows(drawn, batch, most, name=name, **options)
 
     def _prefix(self, prefix: Any, most: int) -> Tensor:
-        given = torch.as_tensor(as_batch(prefix))
+        given = torch.as_tensor(as_batch(prefix, name="prefix"))
         if given.dim() != 2 or given.shape[1] > most:
             raise ValueError(
                 f"`prefix` should have shape (N, t), the first t numbers of each image, t at most {most}, got "

@@ -575,8 +575,8 @@ def _refuse_constant(deviation: Tensor, x: Tensor, real: list[int]) -> None:
     constant = (deviation <= 1e-10 * x.abs().amax(0)).nonzero()
     if len(constant):
         raise ValueError(
-            f"`data` is constant in column {real[int(constant[0, 0])]}, so a rule of thumb gives it the bandwidth zero; drop "
-            "it, or declare it in `columns` as categorical"
+            f"`data` is constant in column {real[int(constant[0, 0])]}, and a bandwidth is taken from the spread of its "
+            "column, which is zero: drop it, declare it in `columns` as categorical, or give a `bandwidth`"
         )
 
 

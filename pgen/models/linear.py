@@ -14,6 +14,7 @@ Joreskog (1967), Some contributions to maximum likelihood factor analysis, doi:1
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ..base import GenerativeModel
 from ..contracts import Batch, Seed, check_positive
 from ..data.transforms import Transform
 from ..distributions.events import with_event_shape
-from ..distributions.linear_gaussian import LinearGaussian, check_spread, regress
+from ..distributions.linear_gaussian import LinearGaussian, Normal, check_spread, regress
 from ..training import Adam, Training
 
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]
@@ -97,7 +98,7 @@ class _Linear(GenerativeModel):
         with self.plate(x, context):
             z = pyro.sample("z", dist.Normal(self.shift.new_zeros(self.latent_dim), 1.0).to_event(1))
             mean = (self._loc(context) + z @ self.weight.T).unflatten(-1, self.event_shape)
-            fn = dist.Normal(mean, self.variance.sqrt().reshape(self.event_shape))
+            fn = Normal(mean, self.scale.reshape(self.event_shape))
             fn = fn if observed is None else fn.mask(observed)
             return pyro.sample("x", fn.to_event(len(self.event_shape)), obs=x)
 
@@ -114,7 +115,7 @@ class _Linear(GenerativeModel):
     def _joint(self, context: Tensor | None, observed: Tensor | None) -> LinearGaussian:
         seen = None if observed is None else observed.flatten(1)
         loc = self._loc(context) if seen is None else self._loc(context).expand(seen.shape)
-        return LinearGaussian(loc, self.weight, self.variance, seen)
+        return LinearGaussian(loc, self.weight, self.scale, seen)
 
     def _loc(self, context: Tensor | None) -> Tensor:
         """The mean of x, ``(D,)`` or ``(N, D)``."""
@@ -129,7 +130,12 @@ class _Linear(GenerativeModel):
     @property
     def variance(self) -> Tensor:
         """Variance of the noise of each number of x, ``(D,)``, in squared units of (preprocessed) x."""
-        return (self.unit.square() * self.log_noise.exp()).expand(len(self.centre))
+        return self.scale.square()
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of the noise of each number of x, ``(D,)``, in units of (preprocessed) x."""
+        return (self.unit * (0.5 * self.log_noise).exp()).expand(len(self.centre))
 
     def principal_axes(self) -> Tensor:
         r"""W in the rotation that makes :math:`W^\top \Psi^{-1} W` diagonal and decreasing, ``(D, q)``.
@@ -138,7 +144,7 @@ class _Linear(GenerativeModel):
         in two fits that reached the same optimum.
         """
         with torch.no_grad():
-            sd = self.variance.sqrt()[:, None]
+            sd = self.scale[:, None]
             left, scale, _ = torch.linalg.svd(self.weight / sd, full_matrices=False)
             axes = sd * left * scale
             return axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
@@ -155,6 +161,7 @@ class _Linear(GenerativeModel):
         if len(self.unit) > 1:
             check_spread(x, covariance.diagonal().sqrt())
         weight, variance = self._solve(covariance)
+        self._warn_of_few(len(x))
         self._take(loc, self._units(covariance.diagonal()), weight, variance)
         if self.context_dim:
             self.slope.copy_(slope / self.unit[:, None])
@@ -175,8 +182,21 @@ class _Linear(GenerativeModel):
         if len(self.unit) > 1:
             check_spread(x, variances.sqrt())
         covariance = residual.T @ residual / len(x)
+        self._warn_of_few(self.num_rows or len(x))
         with torch.no_grad():
             self._take(mean, self._units(variances), *_principal(covariance, self.latent_dim))
+
+    def _warn_of_few(self, rows: int) -> None:
+        """Say that so few rows lie in as many dimensions as there are factors, and leave nothing for the noise."""
+        used = 1 + self.context_dim  # what the mean takes
+        if rows > self.latent_dim + used:
+            return
+        fewer = f"lower `latent_dim` to {rows - used - 1} or less, or " if rows > used + 1 else ""
+        warnings.warn(
+            f"`data` has {rows} rows for latent_dim={self.latent_dim}: the factors fit so few without noise, and the density "
+            f"rests on the floor of the noise alone; {fewer}give {self.latent_dim + used + 1} rows or more",
+            stacklevel=2,
+        )
 
     def _take(self, loc: Tensor, unit: Tensor, weight: Tensor, variance: Tensor) -> None:
         """Set the parameters to those of a solution."""
@@ -254,8 +274,8 @@ class ProbabilisticPCA(_Linear):
     Example:
         >>> pca = ProbabilisticPCA((2,), 1)
         >>> run = pca.fit(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-        >>> pca.variance, pca.principal_axes().square()  # eigenvalues 2 and 1/2: W^2 is 2 - 1/2
-        (tensor([0.5000, 0.5000], grad_fn=<ExpandBackward0>), tensor([[1.5000],
+        >>> pca.variance.detach(), pca.principal_axes().square()  # eigenvalues 2 and 1/2: W^2 is 2 - 1/2
+        (tensor([0.5000, 0.5000]), tensor([[1.5000],
                 [0.0000]]))
     """
 

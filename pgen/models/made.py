@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..base import SAMPLE_ROWS, GenerativeModel, _evaluating
-from ..contracts import Batch, Seed, check_choice, check_event_shape, check_positive
+from ..contracts import Batch, Seed, as_sizes, check_choice, check_event_shape, check_positive
+from ..data.arrays import as_batch, check_finite, check_varies
 from ..data.transforms import Transform
 from ..distributions.autoregressive import Autoregressive
 from ..distributions.columns import Columns, Kind, as_columns, plain_columns
@@ -68,6 +69,9 @@ class MADE(GenerativeModel):
         preprocess: Invertible preprocessing of x.
         seed: Keys the initial weights and the random orders.
 
+    Raises:
+        ValueError: From ``fit``, if a continuous column is constant: it has no density.
+
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)
         >>> made = MADE((2,), hidden=(16,))
@@ -87,7 +91,7 @@ class MADE(GenerativeModel):
     def __init__(
         self,
         event_shape: Sequence[int],
-        hidden: Sequence[int] = (512,),
+        hidden: int | Sequence[int] = (512,),
         *,
         likelihood: str | None = None,
         num_classes: int | None = None,
@@ -108,9 +112,10 @@ class MADE(GenerativeModel):
         check_positive("num_orders", num_orders)
         likelihood = likelihood or ("bernoulli" if columns is None else "gaussian_mixture")
         check_choice("likelihood", likelihood, tuple(OBSERVATIONS) if columns is None else REAL)
-        _check_network(tuple(hidden), residual, dropout)
+        self.hidden = as_sizes("hidden", hidden, least=1)
+        _check_network(self.hidden, residual, dropout)
         self.likelihood, self.num_classes, self.num_components = likelihood, num_classes, num_components
-        self.hidden, self.residual, self.dropout, self.direct = tuple(hidden), residual, float(dropout), direct
+        self.residual, self.dropout, self.direct = residual, float(dropout), direct
         self.activation = ACTIVATIONS.name(activation)
         self.columns = plain_columns(columns)
         self.table = Columns(_models(columns, size, likelihood, num_classes, num_components), num_components)
@@ -135,26 +140,29 @@ class MADE(GenerativeModel):
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), "num_orders": len(self.orders), **plain}
 
     def prime(self, data: Batch) -> None:
-        """Standardise real columns, and start the outputs at what fits each column by itself."""
+        """Standardise real columns, none of which may be constant, and start the outputs at what fits each column by itself."""
         x = self._prepared(data)[0]["x"].flatten(1)
         real = torch.tensor(self.real, device=x.device)
+        check_varies(x, real & (x.amax(0) == x.amin(0)))
         with torch.no_grad():
             self.shift.copy_(torch.where(real, x.mean(0), torch.zeros_like(x[0])))
-            sd = x.std(0, correction=0)
-            self.scale.copy_(torch.where(real & (sd > 0), sd, torch.ones_like(sd)))
+            self.scale.copy_(torch.where(real, x.std(0, correction=0), torch.ones_like(x[0])))
             self.network.last.bias.copy_(self.table.start((x - self.shift) / self.scale).reshape(-1))
             if any(self.real):  # random scales here make a few data cost thousands of nats
                 self.network.last.weight.mul_(0.1)
 
     def one(self, number: int) -> MADE:
         """The model of one order alone, 0, ..., K - 1, with weights of its own: p_k(x)."""
+        self._check_order(number)
+        single = copy.deepcopy(self)
+        single.orders = self.orders[number : number + 1].clone()
+        return single
+
+    def _check_order(self, number: int) -> None:
         if not 0 <= number < len(self.orders):
             raise ValueError(
                 f"`number` should be one of the {len(self.orders)} orders, 0 to {len(self.orders) - 1}, got {number}"
             )
-        single = copy.deepcopy(self)
-        single.orders = self.orders[number : number + 1].clone()
-        return single
 
     def next(self, prefix: Any, context: Any = None, *, number: int = 0) -> Any:
         """The distribution of the next column of an order, given the columns before it.
@@ -166,12 +174,18 @@ class MADE(GenerativeModel):
 
         Returns:
             A distribution of batch shape ``(N,)`` over column ``made.orders[number, t]``, in the units of the data.
+
+        Raises:
+            ValueError: If a value is not finite, or is none that its column may have.
         """
-        order, given = self.orders[number], self._like(torch.as_tensor(prefix))
+        self._check_order(number)
+        order, given = self.orders[number], self._like(torch.as_tensor(as_batch(prefix, name="prefix")))
         if given.dim() != 2 or given.shape[1] >= len(order):
             raise ValueError(f"`prefix` should have shape (N, t) with t below {len(order)}, got {tuple(given.shape)}")
         column, known = int(order[given.shape[1]]), order[: given.shape[1]]
+        check_finite(given, "prefix")
         x = given.new_zeros(len(given), len(order)).index_copy(1, known, given)
+        check_support("`prefix`", self.distribution(), x.unflatten(1, self.event_shape))  # 0 is in every column's support
         where = self._where(context, len(x))
         with torch.no_grad(), _evaluating(self):
             y, which = (x - self.shift) / self.scale, self.table.which(x.device)
@@ -374,8 +388,6 @@ def _orders(order: str | Sequence[int], num_orders: int, size: int) -> Tensor:
 
 
 def _check_network(hidden: tuple[int, ...], residual: bool, dropout: float) -> None:
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"`hidden` should be one or more positive sizes, got {hidden}")
     if residual and len(set(hidden)) > 1:
         raise ValueError(f"`hidden` should be equal sizes where residual=True, got {hidden}")
     if not 0 <= dropout < 1:

@@ -364,9 +364,10 @@ class MaximumEntropy(GenerativeModel):
 
     def _infeasible(self, target: Tensor) -> str:
         wanted = ", ".join(f"E[{name}] = {value:g}" for name, value in zip(self.names, target.tolist()))
+        together = " together" if len(self.names) > 1 else ""
         tails = "" if self.domain.bounded else ", or the features do not bound its tails"
         return (
-            f"no distribution that covers the domain has {wanted[:200]} together{tails}; correct the moments, give more data, "
+            f"no distribution that covers the domain has {wanted[:200]}{together}{tails}; correct the moments, give more data, "
             "or choose other features"
         )
 

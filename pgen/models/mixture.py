@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from ..base import FAMILIES, GenerativeModel
-from ..contracts import Batch, NotAvailable, Seed, check_positive, kind_of, nearest
+from ..contracts import Batch, NotAvailable, Seed, as_sizes, check_positive, kind_of, nearest
 from ..data.batches import key
 from ..data.transforms import Transform
 from ..distributions.columns import Kind, plain_columns
@@ -128,6 +129,7 @@ class _Mixture(GenerativeModel):
             fits = [self._start(x, each, observed) for each in tried]
             best = max(range(len(fits)), key=fits.__getitem__)
             self._start(x, tried[best], observed)
+        _warn_of_repeats(features, self.num_components)
 
     def _features(self, x: Tensor, observed: Tensor | None) -> Tensor:
         """What k-means clusters data ``(N, D)`` by."""
@@ -142,6 +144,17 @@ def _check_seen(observed: Tensor | None) -> None:
     """Refuse a number that is never observed."""
     if observed is not None and bool((never := ~observed.any(0)).any()):
         raise ValueError(f"number {int(never.nonzero()[0])} of each datum is missing in all {len(observed)} data; drop it")
+
+
+def _warn_of_repeats(features: Tensor, count: int) -> None:
+    """Say that some components cannot have data of their own."""
+    if (distinct := len(torch.unique(features, dim=0))) < count:
+        warnings.warn(
+            f"`data` has {distinct} distinct rows for num_components={count}: some components have none of their own, and "
+            f"Gaussians collapse; take {distinct} or fewer, or spread rounded numbers with "
+            "preprocess=pgen.data.Dequantize(levels)",
+            stacklevel=2,
+        )
 
 
 def memberships(features: Tensor, count: int, seed: int) -> Tensor:
@@ -217,8 +230,8 @@ class _VectorMixture(_Mixture):
 
     components: Components
 
-    def _make(self, components: Components, hidden: Sequence[int], seed: Seed) -> None:
-        self.components, self.hidden = components, tuple(hidden)
+    def _make(self, components: Components, hidden: int | Sequence[int], seed: Seed) -> None:
+        self.components, self.hidden = components, as_sizes("hidden", hidden)
         with self.initial_weights(seed):
             shapes = {"weights": (self.num_components,), **components.shapes}
             self.arrays = Arrays(shapes, self.context_dim, self.hidden)
@@ -285,6 +298,7 @@ class GaussianMixture(_VectorMixture):
     """
 
     family = "gaussian_mixture"
+    nan_advice = ", or take models.Mixture, which knows missing entries"
 
     def __init__(
         self,
@@ -296,7 +310,7 @@ class GaussianMixture(_VectorMixture):
         floor: float = 1e-6,
         restarts: int = 4,
         context_dim: int = 0,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
@@ -313,15 +327,6 @@ class GaussianMixture(_VectorMixture):
         plain = {name: getattr(gaussians, name) for name in ("covariance", "rank", "floor")}
         own = {name: getattr(self, name) for name in ("num_components", "restarts", "context_dim")}
         return {"event_shape": list(self.event_shape), "hidden": list(self.hidden), **own, **plain}
-
-    def _checked(self, argument: str, x: Any, context: Any, numbers: Tensor | None = None) -> dict[str, Tensor]:
-        """As elsewhere; where an entry is missing the error names the mixture that takes such data."""
-        try:
-            return super()._checked(argument, x, context, numbers)
-        except ValueError as error:
-            if str(error).startswith(f"{argument} row") and " is nan" in str(error):
-                raise ValueError(f"{error}, or take models.Mixture, which knows missing entries") from None
-            raise
 
     def place(self, weights: Any, means: Any, covariances: Any) -> None:
         """Set the parameters.
@@ -407,7 +412,7 @@ class Mixture(_VectorMixture):
         floor: float = 1e-6,
         restarts: int = 4,
         context_dim: int = 0,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
@@ -514,7 +519,7 @@ class MixtureOf(_Mixture):
         components: Sequence[GenerativeModel | dict[str, Any]],
         *,
         context_dim: int = 0,
-        hidden: Sequence[int] = (64,),
+        hidden: int | Sequence[int] = (64,),
         preprocess: Transform | None = None,
         seed: Seed = 0,
     ) -> None:
@@ -527,7 +532,7 @@ class MixtureOf(_Mixture):
         super().__init__(models[0].event_shape, preprocess=preprocess, context_dim=context_dim)
         for number, model in enumerate(models):
             _check_component(number, model, self.event_shape, context_dim)
-        self.num_components, self.restarts, self.hidden = len(models), 1, tuple(hidden)
+        self.num_components, self.restarts, self.hidden = len(models), 1, as_sizes("hidden", hidden)
         self.components = nn.ModuleList(models)
         with self.initial_weights(seed):
             self.arrays = Arrays({"weights": (len(models),)}, context_dim, self.hidden)
@@ -546,10 +551,14 @@ class MixtureOf(_Mixture):
 
     def _start(self, x: Tensor, weight: Tensor, observed: Tensor | None) -> float:
         self.arrays.set({"weights": smoothed_log_share(weight)})
-        for model, share in zip(self._models(), weight.T):
-            mine, least = x[share > 0], max(2, getattr(model, "num_components", 2))
+        for number, (model, share) in enumerate(zip(self._models(), weight.T)):
+            mine, least = x[share > 0], max(2, getattr(model, "num_components", None) or 2)
             model.num_rows = len(mine) * self.num_rows // len(x)
-            model.prime({"x": mine if len(mine) >= least else x})
+            mine = mine if len(mine) >= least else x
+            try:
+                model.prime({"x": mine})
+            except ValueError as error:
+                raise ValueError(f"component {number}, which starts at {len(mine)} of the data: {error}") from error
         return 0.0  # there is but one start
 
 

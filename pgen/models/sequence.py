@@ -19,17 +19,30 @@ from torch.distributions import constraints
 
 from ..base import GenerativeModel, _evaluating
 from ..contracts import Batch, Seed, check_choice, check_positive
-from ..data.arrays import as_batch, check_finite
+from ..data.arrays import as_batch, check_finite, check_varies
 from ..distributions.autoregressive import Autoregressive, CausalNetwork
 from ..distributions.observation import OBSERVATIONS, Categorical, Observation, observation
 from ..programs import isolated
 from ..training.fit import Training
 from ..training.optim import Adam
 
-__all__ = ["Embedding", "SequenceModel", "Standardised", "along", "checked_lengths", "conditions", "row_at"]
+__all__ = [
+    "OF_PADDING",
+    "Embedding",
+    "SequenceModel",
+    "Standardised",
+    "along",
+    "checked_lengths",
+    "conditions",
+    "length_advice",
+    "row_at",
+]
 
 PRIMING_ROWS = 100_000
 """Symbols at most from which the marginal of one symbol is taken."""
+
+OF_PADDING = "; if it is padding, put zeros there and tell the lengths, as pgen.data.pad does"
+"""What to say where a sequence holds NaN."""
 
 
 class SequenceModel(GenerativeModel):
@@ -41,6 +54,7 @@ class SequenceModel(GenerativeModel):
     """
 
     also = ("lengths", "local")
+    nan_advice = OF_PADDING
     stepwise = True
     default_batch_size = 32
     network: CausalNetwork
@@ -129,6 +143,9 @@ class SequenceModel(GenerativeModel):
         """The distribution of x, or of sequences of another length."""
         shape = (length or self.event_shape[0], *self.event_shape[1:])
         return Autoregressive(self.network, self.observation, shape, context=context, local=local, lengths=lengths)
+
+    def _shape_advice(self, argument: str, x: Tensor) -> str:
+        return length_advice(argument, x, self.event_shape)
 
     def _further(self, x: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         found = super()._further(x, given)
@@ -331,6 +348,17 @@ def _symbols(batch: Any) -> Tensor:
     return cast(Tensor, x[torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)])
 
 
+def length_advice(argument: str, x: Tensor, event_shape: tuple[int, ...]) -> str:
+    """What to do about sequences of another length than the model's; nothing where their shape is wrong otherwise."""
+    if x.dim() != 1 + len(event_shape) or tuple(x.shape[2:]) != event_shape[1:] or x.shape[1] == event_shape[0]:
+        return ""
+    longest = event_shape[0]
+    if x.shape[1] < longest:
+        return f"; shorter sequences are padded, and their lengths told: {argument}=pgen.data.pad(sequences, {longest})"
+    longer = (x.shape[1], *event_shape[1:])
+    return f"; cut longer sequences by pgen.data.windows(sequence, {longest}), or make the model with event_shape={longer}"
+
+
 def checked_lengths(lengths: Tensor, longest: int) -> Tensor:
     """Lengths of sequences, whole numbers from 1 to ``longest``."""
     if lengths.dim() != 1:
@@ -364,14 +392,8 @@ class Standardised(nn.Module, Observation):
 
     def fit(self, x: Tensor) -> None:
         """Take m and s from data ``(n, *event_shape)``."""
-        still = (x.amax(0) == x.amin(0)).reshape(-1)
-        if bool(still.any()):
-            number = int(still.nonzero()[0, 0])
-            what = f"number {number} of each position is constant" if self.event_shape else "`data` is constant"
-            raise ValueError(
-                f"{what} ({float(x.reshape(len(x), -1)[0, number]):g} at all {len(x)} positions), so a Gaussian's density has "
-                f"no bound: {'drop it' if self.event_shape else 'give data that vary'}, or take another likelihood"
-            )
+        what, fix = ("number {} of each position", "drop it") if self.event_shape else ("`data`", "give data that vary")
+        check_varies(x.reshape(len(x), -1), what=what, many="positions", fix=f"{fix}, or take another likelihood")
         self.shift.copy_(x.mean(0))
         self.scale.copy_(x.std(0, correction=0))
 

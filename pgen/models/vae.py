@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel
-from ..contracts import Batch, Seed, check_choice, check_positive
+from ..contracts import Batch, Seed, as_sizes, check_choice, check_positive
 from ..data.transforms import Transform
 from ..distributions.flows import FlowDistribution, bijection
 from ..distributions.observation import OBSERVATIONS, observation
@@ -65,7 +65,7 @@ class VAE(GenerativeModel):
         self,
         event_shape: Sequence[int],
         latent_dim: int = 8,
-        hidden: Sequence[int] = (256, 256),
+        hidden: int | Sequence[int] = (256, 256),
         *,
         encoder: str = "gaussian",
         prior: str = "gaussian",
@@ -84,7 +84,8 @@ class VAE(GenerativeModel):
         check_choice("prior", prior, ("gaussian", "flow"))
         self.latent_dim, self.likelihood, self.num_classes = latent_dim, likelihood, num_classes
         self.encoder_name, self.prior_name = encoder, prior
-        self.num_components, self.hidden, self.activation = num_components, tuple(hidden), ACTIVATIONS.name(activation)
+        self.num_components, self.hidden = num_components, as_sizes("hidden", hidden)
+        self.activation = ACTIVATIONS.name(activation)
         self.observation = observation(likelihood, self.event_shape, num_classes, num_components)
         size, make = math.prod(self.event_shape), ACTIVATIONS[self.activation]
         with self.initial_weights(seed):
