@@ -275,7 +275,8 @@ def evaluate(
     notes = _notes(rows, table, train is not None)
     if stretch > 1.0:
         notes.append(
-            f"columns differ in scale by a factor {stretch:.3g}: measured are columns divided by their standard deviations"
+            f"columns differ in scale by a factor of {float(f'{stretch:.2g}'):,.0f}: measured are columns divided by their "
+            "standard deviations"
         )
     of = "training data" if train is not None else "real data"
     return SampleReport(table, _verdict(table), recipe, sizes, shown, near, of, notes)
@@ -415,9 +416,11 @@ def _told_apart(rows: dict[str, Row]) -> str:
     if sure:
         return f"MMD tells samples from data (p = {sure[0].p_value:.2g}), classifiers do not: near the data's law, but not it."
     best = max(tests.values(), key=lambda f: f.value if f.name.startswith("accuracy") else 0.0)
+    least, limit = min(f.p_value for f in tests.values() if f.p_value is not None), LEVEL / len(tests)
+    near = f": the smallest p is {least:.2g}, and below {limit:.2g} one would" if least < 0.05 else ""
     return (
         f"No test tells samples from data (best accuracy {best.value:.2f} ± {best.std_error:.2f}, chance 0.50) "
-        f"at {sizes} data; more data may."
+        f"at {sizes} data; more data may{near}."
     )
 
 
