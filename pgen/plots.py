@@ -236,6 +236,7 @@ class Pictures(Callback):
         num: Samples a picture.
         context: Of the samples: one for all, or one for each.
         reference: Data to draw beside them.
+        names: Of the features of vectors.
         seed: Keys the samples.
     """
 
@@ -248,20 +249,20 @@ class Pictures(Callback):
         num: int = 64,
         context: Any = None,
         reference: Any = None,
+        names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
         check_positive("every", every)
         check_positive("num", num)
         self.model, self.folder, self.every, self.num = model, Path(folder), int(every), int(num)
-        self.context, self.reference, self.seed = context, reference, seed
+        self.context, self.reference, self.names, self.seed = context, reference, names, seed
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_state(self, step: int) -> None:
         """One picture."""
         x = self.model.sample(self.num, self.context, seed=self.seed, progress=False)
-        save(
-            sample_grid(x, reference=self.reference, title=f"samples after {step} steps"), self.folder / f"step-{step:06d}.png"
-        )
+        figure = sample_grid(x, reference=self.reference, title=f"samples after {step} steps", names=self.names)
+        save(figure, self.folder / f"step-{step:06d}.png")
 
 
 def reconstructions(x: Any, xhat: Any, columns: int | None = None, *, names: Sequence[str] | None = None) -> Figure:
