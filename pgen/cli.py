@@ -344,7 +344,7 @@ def diagnose(
 
     fitted, record = runs.open_run(folder, program)
     report = diagnostics.report(fitted, runs.batch(data, record), level=level, seed=seed)
-    report.about.insert(0, f"{folder} on {data}")
+    report.about.insert(0, f"run {folder} on {data}")
     files = [str(report.to_html(folder / runs.REPORT))] if html else []
     result = {"command": "diagnose", "data": data, **report.to_dict(), "files": files}
 
@@ -412,6 +412,7 @@ def info(folder: Folder, as_json: Json = False) -> Result:
     from pgen import files
 
     record = runs.read_record(folder)
+    runs.check_model(folder)
     files.read_metadata(folder / runs.MODEL)
     record = {name: value for name, value in record.items() if name not in ("history", "validation")}
     known = (runs.MODEL, runs.RECORD, *runs.PICTURES, runs.REPORT)

@@ -85,7 +85,7 @@ def plot_bound(run: Run) -> Figure:
     label = f"{shown} [{unit}]" if unit else shown
     _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training{_AIMS.get(name, ': higher is better')}")
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
-    _legend(ax, loc="lower right")
+    _legend(ax, loc="best")
     return figure
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "Reading",
     "Subject",
     "batch",
+    "check_model",
     "check_models",
     "check_settings",
     "columns_named",
@@ -929,6 +930,7 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
         program: ``FILE.py:MODEL [FILE.py:GUIDE]`` where the run is of the user's own program.
     """
     record = read_record(folder)
+    check_model(folder)
     about = record["model"]
     if "file" not in about:
         if program:
@@ -944,6 +946,12 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
         model = own.pair(about.get("guide")).load(folder / MODEL)
     model.last_run = run_of(record)
     return model, record
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a run folder without its model file."""
+    if not (folder / MODEL).is_file():
+        raise ValueError(f"{folder} has no {MODEL}, which `pgen fit` wrote beside {RECORD}; bring it back, or fit again")
 
 
 def batch(source: str, record: dict[str, Any]) -> Any:
@@ -1048,7 +1056,18 @@ def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
 
 
 def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:
-    """Data read as those of the fit were, with the same context."""
+    """Data read as those of the fit were, with the same context, and of the same shape where a family was fitted."""
+    loaded = _like_the_fit(source, record, part)
+    x = _x(loaded.data)
+    if record["model"].get("family") and isinstance(x, Tensor) and list(x.shape[1:]) != record["data"]["shape"]:
+        shapes = tuple(x.shape[1:]), tuple(record["data"]["shape"])
+        raise ValueError(
+            f"a datum of {source} has shape {shapes[0]}, and those of the fit had {shapes[1]}; give data like those"
+        )
+    return loaded
+
+
+def _like_the_fit(source: str, record: dict[str, Any], part: str | None) -> Loaded:
     about, context = record["data"], context_of(record)
     if about["categories"] is not None and _is_table(source):
         return _again(source, record, context)

@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,19 @@ def test_rows_with_empty_cells_are_counted_and_refused_by_name(tables, capsys, t
     assert capsys.readouterr().err.startswith("note: 1 of 150 rows have missing entries and are left out")
 
 
+@pytest.mark.parametrize("command", ["score", "diagnose", "evaluate"])
+def test_data_of_another_shape_are_refused(tables, capsys, command):
+    assert cli.run([command, str(tables / "run"), "digits"]) == 2
+    assert "a datum of digits has shape (8, 8), and those of the fit had (3,)" in capsys.readouterr().err
+
+
+def test_a_folder_that_lost_its_model_says_so(tables, capsys, tmp_path):
+    shutil.copy(tables / "run" / runs.RECORD, tmp_path)
+    for command in (["info", str(tmp_path)], ["sample", str(tmp_path)]):
+        assert cli.run(command) == 2
+        assert "has no model.pgen, which `pgen fit` wrote beside run.json" in capsys.readouterr().err
+
+
 def test_settings_are_shown_in_few_words():
     assert cli._short({"name": "gaussian"}) == "gaussian" and cli._short([4, 5]) == "[4, 5]" and cli._short(1e-6) == "1e-06"
     assert cli._short({"name": "student", "df": 3}) == "student(df=3)"
@@ -248,7 +262,7 @@ def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, mon
     assert (asked["data"].shape, asked["level"], asked["seed"]) == ((447, 8, 8), "standard", 4)
     assert len(asked["last"].history["loss"]) == 40
     assert (folder / runs.REPORT).exists()
-    assert Fake.about == [f"{folder} on digits", "1000 draws"]
+    assert Fake.about == [f"run {folder} on digits", "1000 draws"]
     Fake.overall = "no problem found by: 1"
     answer(capsys, "diagnose", folder, "digits")
 

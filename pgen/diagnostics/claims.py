@@ -239,9 +239,15 @@ def _optimised(evidence: Evidence) -> Claim:
         raise NotMeasured(f"the record of the fit has no losses ({run.stopped or 'no reason given'})")
     if run.restored is not None and not run.skipped:
         return _validated(run, run.restored)
+    name, _, unit = spoken(run.word, training=True)
+    if name != run.word:  # the loss is no figure that training brings to its best
+        raise NotMeasured(
+            f"the loss need not fall as training gets better, and the {run.word} has no best: judge the samples, by "
+            "pgen.evaluation.samples.evaluate or `pgen evaluate`"
+        )
     found = plateau(run)
     limit, why = _improvement_limit(evidence)
-    name, _, unit = spoken(run.word, training=True)
+    why = why if unit else why.replace(" nats a datum", "")
     status, explanation = _plateau_verdict(found, limit, name)
     skipped = f" {run.skipped} steps of {run.steps} were not finite and were skipped." if run.skipped else ""
     return Claim(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgen.contracts import Run, spoken
-from pgen.plots import BLUE, FAINT, INK, ORANGE, _figure, _label, _legend
+from pgen.plots import BLUE, FAINT, INK, ORANGE, _figure, _label, _legend, _look
 
 from .claims import Evidence
 
@@ -114,21 +114,31 @@ def plot_predictive(check: xr.Dataset) -> Figure:
     r"""Statistics of data that the model generates (histogram), and of the data that it was given (line).
 
     Args:
-        check: What ``ppc`` returns. Of many comparisons those with the most extreme p-values are drawn.
+        check: What ``ppc`` returns. Of many comparisons the four with the most extreme p-values are drawn.
     """
     pairs = [(site, statistic) for site in check.site.values for statistic in check.statistic.values]
     found = [check.sel(site=site, statistic=statistic) for site, statistic in pairs]
     extreme = np.argsort([min(float(part.ppp), 1 - float(part.ppp)) for part in found], kind="stable")[:_MOST_PANELS]
-    figure, axes = _figure(2.6 * len(extreme) + 0.6, 2.8, panels=len(extreme))
-    for ax, number in zip(axes, sorted(extreme)):
+    rows = -(-len(extreme) // 2)
+    figure, _ = _figure(7.4, 2.3 * rows + 0.2, panels=0)
+    for place, number in enumerate(sorted(extreme)):
+        ax = _look(figure.add_subplot(rows, min(2, len(extreme)), place + 1))
         part, (site, statistic) = found[number], pairs[number]
         replicated, observed = part.replicated.to_numpy(), float(part.observed)
-        ax.hist(replicated[np.isfinite(replicated)], bins=30, color=BLUE, alpha=0.45, label="model")
+        ends = _ends(replicated[np.isfinite(replicated)])
+        ax.hist(np.clip(replicated, *ends), bins=np.linspace(*ends, 31).tolist(), color=BLUE, alpha=0.45, label="model")
         ax.axvline(observed, color=ORANGE, linewidth=1.6, label="data")
-        ax.locator_params(axis="x", nbins=4)
-        _label(ax, f"{statistic} of {site}", "replicates" if ax is axes[0] else "", f"p = {float(part.ppp):.3g}")
-    _legend(axes[0], loc="best")
+        ax.locator_params(axis="x", nbins=6)
+        _label(ax, f"{statistic} of {site}", "replicates" if place % 2 == 0 else "", f"p = {float(part.ppp):.3g}")
+    _legend(figure.axes[0], loc="best")
     return figure
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    """Limits that a few wild values do not stretch: what lies beyond is counted at them."""
+    low, high = np.quantile(values, [0.01, 0.99]) if len(values) else (0.0, 1.0)
+    room = 0.1 * (high - low) or 0.5
+    return float(low - room), float(high + room)
 
 
 def _forest(ax: Axes, part: pd.DataFrame, bounds: tuple[float, float], *, exponential: bool) -> None:

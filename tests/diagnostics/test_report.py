@@ -482,6 +482,17 @@ def test_training_and_held_out_figures_are_of_the_same_parameters(restored, gap)
     assert "held out \N{MINUS SIGN}" in claim.explanation
 
 
+@pytest.mark.parametrize("word", ["critic accuracy", "squared error", "bound"])
+def test_losses_that_need_not_fall_are_not_judged(word):
+    step = np.arange(1, 401)
+    run = Run(history={"step": step, "loss": 10.0 / step, "lr": np.full(400, 0.1)}, steps=400, num_data=50, word=word)
+    found = report(gaussian_fit([0.0], [1.0], last_run=run), Y, progress=False, tolerances={}).claims.loc[1]
+    assert (found["status"] == "not_measured") == (word == "critic accuracy")
+    assert ("nats" in found["statistic"]) == (word == "bound") and ("judge the samples" in found["explanation"]) == (
+        word == "critic accuracy"
+    )
+
+
 def test_pictures_of_a_density_show_what_was_compared():
     picture = plot_log_densities(np.repeat([0.0, 4.0], [30, 10]), np.full(7, 4.0))
     data, own = [patch.get_data().values for patch in picture.axes[0].patches]
