@@ -106,7 +106,7 @@ def plot_game(run: Run) -> Figure:
     if not players:
         raise ValueError("`run` has no players; draw it with pgen.plots.plot_bound")
     right = [name for name in run.history if "_accuracy_" in name]
-    figure, (losses, norms, *rest) = _figure(15.0 if right else 10.5, 4.0, panels=3 if right else 2)
+    figure, (losses, norms, *rest) = _figure(11.0 if right else 7.6, 3.6, panels=3 if right else 2)
     for player, colour in zip(players, CATEGORIES):
         for ax, column in ((losses, f"{player}_loss"), (norms, f"{player}_grad_norm")):
             step, value = _series(run.history, column)

@@ -270,7 +270,10 @@ def evaluate(
         table |= _copies(measured, seed, parts["real"]) if train is not None else {}
         table |= _modes(parts, classes, labels, modes, seed)
     sizes = (len(rows["generated"][0]), len(rows["real"][0]), len(rows["train"][0]) if train is not None else 0)
-    shown, near = _nearest(parts["generated"], rows["train" if train is not None else "real"][0])
+    which = "train" if train is not None else "real"
+    near = _nearest(parts["generated"][:_SHOWN], measured[which][0])  # as measured, and shown in the data's own units
+    shown = _thin(rows["generated"][0], most, key(seed, "generated"))[:_SHOWN].cpu()
+    neighbours = torch.as_tensor(rows[which][0])[near.to(torch.as_tensor(rows[which][0]).device)].cpu()
     recipe = f"features: {space}" + (f"; classes: {classes.recipe}" if classes and features != "classifier" else "")
     notes = _notes(rows, table, train is not None)
     if stretch > 1.0:
@@ -279,7 +282,7 @@ def evaluate(
             "standard deviations"
         )
     of = "training data" if train is not None else "real data"
-    return SampleReport(table, _verdict(table), recipe, sizes, shown, near, of, notes)
+    return SampleReport(table, _verdict(table), recipe, sizes, shown, neighbours, of, notes)
 
 
 def _in_one_scale(rows: dict[str, tuple[Any, Tensor]]) -> tuple[dict[str, tuple[Any, Tensor]], float]:
@@ -364,11 +367,10 @@ def _modes(parts: dict[str, Tensor], classes: Classes | None, labels: Any, modes
     return {renamed[name]: Row(replace(f, name=renamed[name]), "classifier", floor[name]) for name, f in found.items()}
 
 
-def _nearest(generated: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """The first few samples, and of each its nearest datum."""
-    shown = generated[:_SHOWN]
+def _nearest(shown: Tensor, data: Tensor) -> Tensor:
+    """Of each sample the number of its nearest datum."""
     x, rows = same_sample(1, x=shown, data=data)
-    return shown.cpu(), torch.as_tensor(data)[torch.cdist(x, rows).argmin(1).to(data.device)].cpu()
+    return torch.cdist(x, rows).argmin(1)
 
 
 # --- in words --------------------------------------------------------------------------------------------------------------
