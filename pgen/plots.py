@@ -172,6 +172,7 @@ def density(
     ax.contour(*axes, p, levels=levels, colors=INK, linewidths=0.8)
     if points is not None:
         ax.plot(*points[:2000].T, ".", color=ORANGE, markersize=2, alpha=0.5)
+    ax.grid(False)  # it would be drawn over the shade
     ax.set(xlim=(left, right), ylim=(bottom, top))
     across, up = ("$x_1$", "$x_2$") if names is None else names
     _label(ax, across, up, "Density; contours hold 50, 90 and 99 % of the mass in view")
@@ -432,8 +433,14 @@ def out_of_distribution(found: OODReport, bins: int = 40) -> Figure:
         for values, colour, label in zip(parts, (BLUE, ORANGE), ("in", "out")):
             heights = np.histogram(np.clip(values, low, high), edges)[0] / len(values)
             ax.stairs(heights, edges, fill=True, color=colour, alpha=0.45, label=label)
-        ax.axvline(np.quantile(_plain(found.null[method]), 1 - found.level), color=INK, linewidth=0.9, linestyle="--")
-        _label(ax, f"{method} [nats]", "share of the data", f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}")
+        limit = np.quantile(_plain(found.null[method]), 1 - found.level)
+        ax.axvline(limit, color=INK, linewidth=0.9, linestyle="--", label=f"p = {found.level:g}")
+        _label(
+            ax,
+            f"{'minus log-likelihood' if method == 'likelihood' else method} [nats]",
+            "share of the data",
+            f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}",
+        )
     _legend(axes[0])
     return figure
 
@@ -531,8 +538,9 @@ def decision_boundary(
     figure, (ax,) = _figure(5.2, 4.6)
     shade = 1 - 0.4 * (1 - probs @ colours)  # pale, and mixed where classes compete
     ax.imshow(shade.reshape(grid, grid, 3), origin="lower", extent=(low[0], high[0], low[1], high[1]), aspect="auto")
-    if probs.shape[1] > 1:
-        ax.contour(*axes, probs.argmax(1).reshape(grid, grid), np.arange(probs.shape[1] - 1) + 0.5, colors=INK, linewidths=0.8)
+    for lead in _leads(probs):
+        if lead.min() < 0 < lead.max():
+            ax.contour(*axes, lead.reshape(grid, grid), [0.0], colors=INK, linewidths=0.8)
     for k in range(probs.shape[1]):
         part = points[labels == k]
         ax.scatter(
@@ -541,8 +549,15 @@ def decision_boundary(
         )  # fmt: skip
     ax.grid(False)
     _legend(ax)
-    _label(ax, names[0], names[1], f"predicted classes, and {len(points)} data")
+    _label(ax, names[0], names[1], f"Predicted classes, and {len(points)} data")
     return figure
+
+
+def _leads(probs: np.ndarray) -> list[np.ndarray]:
+    """By how much each class is more probable than the best of the others; of two classes the second says nothing new."""
+    count = probs.shape[1]
+    leads = [probs[:, k] - np.delete(probs, k, 1).max(1) for k in range(count)] if count > 1 else []
+    return leads[:1] if count == 2 else leads
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

@@ -167,7 +167,8 @@ def test_a_vae_gets_every_row_and_a_picture(tmp_path):
     assert text == (tmp_path / "ood.md").read_text() and "| likelihood |" in text and repr(found) == str(found)
     assert set(found.to_dict()) == {"level", "methods", "warnings"}
     figure = plots.out_of_distribution(found)
-    assert [ax.get_xlabel() for ax in figure.axes] == [f"{name} [nats]" for name in found.rows]
+    told = [f"{name} [nats]" for name in found.rows]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["minus log-likelihood [nats]", *told[1:]]
     heights = figure.axes[0].patches[0].get_data().values
     assert heights.sum() == pytest.approx(1.0)
 
