@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "run"]
 
+_MOST_OF_A_LIST = 40  # characters of a setting
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base of its errors, which typer brings under a changing address
 
 app = typer.Typer(
@@ -168,13 +169,17 @@ def fit(
             _say(f"context: {found.words()}")
     code = 0
     if pictures is not None:
-        progress = pgen.plots.Pictures(subject.model, out / runs.PROGRESS, every=pictures, context=subject.contexts(64))
-    try:
-        subject.model.fit(
-            subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
-            seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
-            callbacks=() if pictures is None else [progress],
+        progress = pgen.plots.Pictures(
+            subject.model, out / runs.PROGRESS, every=pictures, context=subject.contexts(64),
+            names=subject.about["data"]["columns"],
         )  # fmt: skip
+    try:
+        with runs.columns_named(subject.about["data"]["columns"]):
+            subject.model.fit(
+                subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
+                seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
+                callbacks=() if pictures is None else [progress],
+            )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 143 if isinstance(stop, SystemExit) else 130
         if subject.model.last_run is None:
@@ -339,6 +344,7 @@ def diagnose(
 
     fitted, record = runs.open_run(folder, program)
     report = diagnostics.report(fitted, runs.batch(data, record), level=level, seed=seed)
+    report.about.insert(0, f"run {folder} on {data}")
     files = [str(report.to_html(folder / runs.REPORT))] if html else []
     result = {"command": "diagnose", "data": data, **report.to_dict(), "files": files}
 
@@ -406,6 +412,7 @@ def info(folder: Folder, as_json: Json = False) -> Result:
     from pgen import files
 
     record = runs.read_record(folder)
+    runs.check_model(folder)
     files.read_metadata(folder / runs.MODEL)
     record = {name: value for name, value in record.items() if name not in ("history", "validation")}
     known = (runs.MODEL, runs.RECORD, *runs.PICTURES, runs.REPORT)
@@ -589,7 +596,8 @@ def _facts(console: Console, facts: dict[str, Any]) -> None:
 def _show_record(console: Console, record: dict[str, Any]) -> None:
     model, data, done = record["model"], record["data"], record["run"]
     program = f"{model.get('file')}:{', '.join(map(str, model.get('names') or ()))} {model.get('guide') or ''}"
-    settings = ", ".join(f"{name}={value}" for name, value in (model.get("settings") or {}).items() if value is not None)
+    given = {name: value for name, value in (model.get("settings") or {}).items() if value is not None and name != "columns"}
+    settings = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
     shape = f" of shape {tuple(data['shape'])}" if data["shape"] else ""
     held = f", {data['validation']} held out" if data["validation"] else ""
     prepared = "".join(f", {name.replace('_', ' ')} {value}" for name, value in data["prepared"].items())
@@ -611,6 +619,15 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
         "folder": f"{record['out']}: {', '.join(record['files'])}",
     }
     _facts(console, facts | {f"no {name}": reason for name, reason in record.get("not_drawn", {}).items()})
+
+
+def _short(value: Any) -> str:
+    """A setting in few words: a part by its name, and how many numbers a long list has."""
+    if isinstance(value, dict) and "name" in value:
+        rest = ", ".join(f"{name}={_short(part)}" for name, part in value.items() if name != "name")
+        return f"{value['name']}({rest})" if rest else str(value["name"])
+    text = str(value)
+    return f"[{len(value)} values]" if isinstance(value, list) and len(text) > _MOST_OF_A_LIST else text
 
 
 def _number(value: float | None, digits: int = 3) -> str:

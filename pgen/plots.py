@@ -85,7 +85,7 @@ def plot_bound(run: Run) -> Figure:
     label = f"{shown} [{unit}]" if unit else shown
     _label(ax, "optimizer step", label, f"{shown[0].upper()}{shown[1:]} while training{_AIMS.get(name, ': higher is better')}")
     ax.set_xlim(step[0] if step[0] > step[-1] / 10 else 0, max(step[-1], 1))
-    _legend(ax, loc="lower right")
+    _legend(ax, loc="best")
     return figure
 
 
@@ -106,7 +106,7 @@ def plot_game(run: Run) -> Figure:
     if not players:
         raise ValueError("`run` has no players; draw it with pgen.plots.plot_bound")
     right = [name for name in run.history if "_accuracy_" in name]
-    figure, (losses, norms, *rest) = _figure(15.0 if right else 10.5, 4.0, panels=3 if right else 2)
+    figure, (losses, norms, *rest) = _figure(11.0 if right else 7.6, 3.6, panels=3 if right else 2)
     for player, colour in zip(players, CATEGORIES):
         for ax, column in ((losses, f"{player}_loss"), (norms, f"{player}_grad_norm")):
             step, value = _series(run.history, column)
@@ -172,6 +172,7 @@ def density(
     ax.contour(*axes, p, levels=levels, colors=INK, linewidths=0.8)
     if points is not None:
         ax.plot(*points[:2000].T, ".", color=ORANGE, markersize=2, alpha=0.5)
+    ax.grid(False)  # it would be drawn over the shade
     ax.set(xlim=(left, right), ylim=(bottom, top))
     across, up = ("$x_1$", "$x_2$") if names is None else names
     _label(ax, across, up, "Density; contours hold 50, 90 and 99 % of the mass in view")
@@ -236,6 +237,7 @@ class Pictures(Callback):
         num: Samples a picture.
         context: Of the samples: one for all, or one for each.
         reference: Data to draw beside them.
+        names: Of the features of vectors.
         seed: Keys the samples.
     """
 
@@ -248,20 +250,20 @@ class Pictures(Callback):
         num: int = 64,
         context: Any = None,
         reference: Any = None,
+        names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
         check_positive("every", every)
         check_positive("num", num)
         self.model, self.folder, self.every, self.num = model, Path(folder), int(every), int(num)
-        self.context, self.reference, self.seed = context, reference, seed
+        self.context, self.reference, self.names, self.seed = context, reference, names, seed
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_state(self, step: int) -> None:
         """One picture."""
         x = self.model.sample(self.num, self.context, seed=self.seed, progress=False)
-        save(
-            sample_grid(x, reference=self.reference, title=f"samples after {step} steps"), self.folder / f"step-{step:06d}.png"
-        )
+        figure = sample_grid(x, reference=self.reference, title=f"samples after {step} steps", names=self.names)
+        save(figure, self.folder / f"step-{step:06d}.png")
 
 
 def reconstructions(x: Any, xhat: Any, columns: int | None = None, *, names: Sequence[str] | None = None) -> Figure:
@@ -431,8 +433,14 @@ def out_of_distribution(found: OODReport, bins: int = 40) -> Figure:
         for values, colour, label in zip(parts, (BLUE, ORANGE), ("in", "out")):
             heights = np.histogram(np.clip(values, low, high), edges)[0] / len(values)
             ax.stairs(heights, edges, fill=True, color=colour, alpha=0.45, label=label)
-        ax.axvline(np.quantile(_plain(found.null[method]), 1 - found.level), color=INK, linewidth=0.9, linestyle="--")
-        _label(ax, f"{method} [nats]", "share of the data", f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}")
+        limit = np.quantile(_plain(found.null[method]), 1 - found.level)
+        ax.axvline(limit, color=INK, linewidth=0.9, linestyle="--", label=f"p = {found.level:g}")
+        _label(
+            ax,
+            f"{'minus log-likelihood' if method == 'likelihood' else method} [nats]",
+            "share of the data",
+            f"AUROC {row['auroc']:.3f} ± {row['std_error']:.3f}",
+        )
     _legend(axes[0])
     return figure
 
@@ -530,8 +538,9 @@ def decision_boundary(
     figure, (ax,) = _figure(5.2, 4.6)
     shade = 1 - 0.4 * (1 - probs @ colours)  # pale, and mixed where classes compete
     ax.imshow(shade.reshape(grid, grid, 3), origin="lower", extent=(low[0], high[0], low[1], high[1]), aspect="auto")
-    if probs.shape[1] > 1:
-        ax.contour(*axes, probs.argmax(1).reshape(grid, grid), np.arange(probs.shape[1] - 1) + 0.5, colors=INK, linewidths=0.8)
+    for lead in _leads(probs):
+        if lead.min() < 0 < lead.max():
+            ax.contour(*axes, lead.reshape(grid, grid), [0.0], colors=INK, linewidths=0.8)
     for k in range(probs.shape[1]):
         part = points[labels == k]
         ax.scatter(
@@ -540,8 +549,15 @@ def decision_boundary(
         )  # fmt: skip
     ax.grid(False)
     _legend(ax)
-    _label(ax, names[0], names[1], f"predicted classes, and {len(points)} data")
+    _label(ax, names[0], names[1], f"Predicted classes, and {len(points)} data")
     return figure
+
+
+def _leads(probs: np.ndarray) -> list[np.ndarray]:
+    """By how much each class is more probable than the best of the others; of two classes the second says nothing new."""
+    count = probs.shape[1]
+    leads = [probs[:, k] - np.delete(probs, k, 1).max(1) for k in range(count)] if count > 1 else []
+    return leads[:1] if count == 2 else leads
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -47,8 +47,10 @@ __all__ = [
     "Reading",
     "Subject",
     "batch",
+    "check_model",
     "check_models",
     "check_settings",
+    "columns_named",
     "compare_runs",
     "context_of",
     "discard_checkpoint",
@@ -90,6 +92,7 @@ SHORT = {
 """What families are called for short."""
 _PARTS = ("train", "validation", "test")
 _LEVELS = (17, 256)  # of grey images given in [0, 1]
+_CONSTANT = re.compile(r"constant in column (\d+)|number (\d+) of each datum is constant")
 _MAX_RECORD = 64 * 2**20  # bytes
 _MAX_HISTORY = 2000  # entries of the recorded history: means of equal stretches beyond that
 
@@ -206,7 +209,7 @@ class Subject:
         """
         families = pgen.models.REGISTRY
         if name is None:
-            raise ValueError(f"--model is missing: name a family{nearest('', families)}")
+            raise ValueError(f"--model is missing: name a family{nearest('', sorted(families))}")
         name = _named("--model", name)
         settings = check_settings(name, settings)
         parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, density=families[name].has_density)
@@ -387,7 +390,15 @@ class Reading:
                 check_choice("--without", name, names)
             columns = tuple(name for name in names if name not in self.without)
         table = pgen.data.table(source, columns, categories=self.categorical)
-        return _complete(table) if self.complete else table
+        return _told_complete(table) if self.complete else table
+
+
+def _told_complete(table: Table) -> Table:
+    """The rows without a missing entry, and a line that says how many are left out."""
+    whole = _complete(table)
+    if left := len(table.x) - len(whole.x):
+        print(f"note: {left} of {len(table.x)} rows have missing entries and are left out", file=sys.stderr)
+    return whole
 
 
 def _complete(table: Table) -> Table:
@@ -441,14 +452,19 @@ def _check_takes(name: str, table: Table) -> None:
         )
     if empty := next((column for column, count in table.missing.items() if count == len(table.x)), None):
         raise ValueError(f"column {empty!r} is missing in all {len(table.x)} rows; leave it out with --without")
-    if table.missing and "observed" not in families[name].also:
-        takes = [family for family in sorted(families) if "observed" in families[family].also]
-        (column, count), *others = table.missing.items()
-        more = f", and {len(others)} more columns have some" if others else ""
-        raise ValueError(
-            f"{count} of {len(table.x)} entries are missing in column {column!r}{more}, which {name} cannot take: choose "
-            f"{_either(takes)}, or leave such rows out with --complete"
-        )
+    takes = [family for family in sorted(families) if "observed" in families[family].also]
+    _check_missing(name, table, f"choose {_either(takes)}, or leave such rows out with --complete")
+
+
+def _check_missing(name: str, table: Table, remedy: str) -> None:
+    """Refuse missing entries where the family does not know them."""
+    if not table.missing or "observed" in pgen.models.REGISTRY[name].also:
+        return
+    (column, count), *others = table.missing.items()
+    more = f", and {len(others)} more column{'s have' if len(others) > 1 else ' has'} some" if others else ""
+    raise ValueError(
+        f"{count} of {len(table.x)} entries are missing in column {column!r}{more}, which {name} cannot take: {remedy}"
+    )
 
 
 def _either(names: list[str]) -> str:
@@ -475,11 +491,13 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         if key == "likelihood" and family.has_density:  # it says how values are seen, whether the family asks or not
             continue
         if key not in known:
-            raise ValueError(f"--{key.replace('_', '-')} is no setting of {name}; leave it out{nearest(key, known)}")
+            option = f"--{key.replace('_', '-')}" if key in _OPTIONS else f"--set {key}={value}"
+            raise ValueError(f"{option}: {name} has no setting {key!r}; leave it out{nearest(key, known)}")
         _check_kind(name, key, value, str(accepted[key].annotation))
     return given
 
 
+_OPTIONS = ("latent_dim", "likelihood")  # settings that the command line has an option for
 _PLAIN_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,),
     "None": (type(None),),
@@ -494,7 +512,8 @@ def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
         raise ValueError(f"the setting {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
     wrong = isinstance(value, bool) and "bool" not in words
     if wrong or not any(isinstance(value, kind) for kind in kinds):
-        raise ValueError(f"the setting {key!r} of {name} should be {annotation}, got {value!r}")
+        such = f", such as --set {key}=[64,64]" if annotation.startswith("Sequence[int]") else ""
+        raise ValueError(f"the setting {key!r} of {name} should be {annotation}{such}, got {value!r}")
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
@@ -620,7 +639,7 @@ def _shares(loaded: Loaded, source: str, seed: int, *, test: bool) -> list[Loade
     held = round(VALIDATION_SHARE * count)
     tested = held + round(TEST_SHARE * count) if test else held
     if not held:
-        raise ValueError(f"{source} has {count} rows; a family needs at least 6, some of which are held out")
+        raise ValueError(f"{source} has {count} row{'s' * (count > 1)}; a family needs at least 6, some of which are held out")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     parts = [order[tested:], order[:held], order[held:tested]][: 3 if test else 2]
     return [replace(loaded, data=pgen.data.rows(data, rows), labels=_at(loaded.labels, rows)) for rows in parts]
@@ -785,7 +804,7 @@ def _drawn(model: Any, num: int, context: Tensor | None, seed: int) -> Tensor:
 def _named(option: str, name: str) -> str:
     """The family of a name, which may be a short one."""
     name = SHORT.get(name, name)
-    check_choice(option, name, tuple(pgen.models.REGISTRY))
+    check_choice(option, name, sorted(pgen.models.REGISTRY))
     return name
 
 
@@ -911,6 +930,7 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
         program: ``FILE.py:MODEL [FILE.py:GUIDE]`` where the run is of the user's own program.
     """
     record = read_record(folder)
+    check_model(folder)
     about = record["model"]
     if "file" not in about:
         if program:
@@ -926,6 +946,12 @@ def open_run(folder: Path, program: Sequence[str] | None) -> tuple[Any, dict[str
         model = own.pair(about.get("guide")).load(folder / MODEL)
     model.last_run = run_of(record)
     return model, record
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a run folder without its model file."""
+    if not (folder / MODEL).is_file():
+        raise ValueError(f"{folder} has no {MODEL}, which `pgen fit` wrote beside {RECORD}; bring it back, or fit again")
 
 
 def batch(source: str, record: dict[str, Any]) -> Any:
@@ -1030,10 +1056,21 @@ def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
 
 
 def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:
-    """Data read as those of the fit were, with the same context."""
+    """Data read as those of the fit were, with the same context, and of the same shape where a family was fitted."""
+    loaded = _like_the_fit(source, record, part)
+    x = _x(loaded.data)
+    if record["model"].get("family") and isinstance(x, Tensor) and list(x.shape[1:]) != record["data"]["shape"]:
+        shapes = tuple(x.shape[1:]), tuple(record["data"]["shape"])
+        raise ValueError(
+            f"a datum of {source} has shape {shapes[0]}, and those of the fit had {shapes[1]}; give data like those"
+        )
+    return loaded
+
+
+def _like_the_fit(source: str, record: dict[str, Any], part: str | None) -> Loaded:
     about, context = record["data"], context_of(record)
     if about["categories"] is not None and _is_table(source):
-        return _again(source, about, context)
+        return _again(source, record, context)
     loaded = _load(source, part)
     if context is None:
         return loaded
@@ -1130,21 +1167,35 @@ def table_of(record: dict[str, Any]) -> Table | None:
     return Table(torch.zeros(0, len(categories)), tuple(names), tuple(map(tuple, categories)), record["data"]["source"])
 
 
-def _again(source: str, about: dict[str, Any], context: ContextColumns | None) -> Loaded:
+def _again(source: str, record: dict[str, Any], context: ContextColumns | None) -> Loaded:
     """A table read as that of the fit was: the same columns by name, the same categories."""
+    about = record["data"]
     texts = {name: found for name, found in zip(about["columns"] or (), about["categories"]) if found}
     names = about["columns"]
     if context is not None:
         texts |= context.texts()
         names = [*(names or map(str, range(len(about["categories"])))), *context.names]
     table = pgen.data.table(source, names, categories=texts)
-    whole = _complete(table) if about["prepared"].get("complete") else table
-    if left := len(table.x) - len(whole.x):
-        print(f"note: {left} of {len(table.x)} rows have missing entries and are left out", file=sys.stderr)
+    whole = _told_complete(table) if about["prepared"].get("complete") else table
+    if record["model"].get("family"):
+        _check_missing(record["model"]["family"], whole, f"leave such rows out of {source}, or fit with --complete")
     if context is None:
         return _of_table(whole)
     x, beside = whole.split(context.names)
     return replace(_of_table(x), data={"x": x.x, "context": context.encode(beside.x)})
+
+
+@contextlib.contextmanager
+def columns_named(names: Sequence[str] | None) -> Iterator[None]:
+    """Errors that number a constant column say its name too, where it has one, and how to leave it out."""
+    try:
+        yield
+    except ValueError as error:
+        found = _CONSTANT.search(str(error))
+        if names is None or found is None or type(error) is not ValueError:
+            raise
+        name = names[int(found[1] or found[2])]
+        raise ValueError(f"{error}; that is column {name!r}: leave it out with --without {name}") from error
 
 
 # --- the record ------------------------------------------------------------------------------------------------------------

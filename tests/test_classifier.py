@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -242,6 +243,10 @@ def test_pictures_show_boundaries_and_reliability(fitted, data):
     ax = figure.axes[0]
     assert ax.images[0].get_array().shape == (40, 40, 3)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["class 0", "class 1", "class 2"]
+    lines = [part for part in ax.collections if hasattr(part, "levels")]
+    ends = np.concatenate([path.vertices for part in lines for path in part.get_paths()])
+    probs = fitted.predict_proba(torch.as_tensor(ends, dtype=torch.get_default_dtype())).sort(1).values
+    assert len(lines) == 3 and float((probs[:, -1] - probs[:, -2]).max()) < 0.2  # on the boundary two classes are alike
     found = fitted.evaluate(x, y)
     marks = plots.reliability(found).axes[0].collections[-1].get_offsets()
     assert len(marks) == int((found.counts > 0).sum())

@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,47 @@ def test_evaluate_on_the_fitted_file_takes_the_rows_that_were_held_out(tables, c
     assert "that the fit held out (15)" in said and "15 + 15" in said and "verdict: " in said
 
 
+def test_a_constant_column_is_named(tables, capsys, tmp_path):
+    rows = np.column_stack([np.random.default_rng(0).normal(size=(40, 2)), np.full(40, 5.0)])
+    np.savetxt(tmp_path / "t.csv", rows, delimiter=",", header="a,b,same", comments="")
+    assert cli.run(["fit", str(tmp_path / "t.csv"), "--model", "gaussian", "--out", str(tmp_path / "run"), "-q"]) == 2
+    said = capsys.readouterr().err
+    assert "constant in column 2" in said and "that is column 'same': leave it out with --without same" in said
+    with pytest.raises(ValueError, match=r"^another$"), runs.columns_named(["a"]):
+        raise ValueError("another")
+
+
+def test_rows_with_empty_cells_are_counted_and_refused_by_name(tables, capsys, tmp_path):
+    lines = (tables / "new.csv").read_text().splitlines()
+    lines[3] = lines[3].rpartition(",")[0] + ","
+    (tmp_path / "gaps.csv").write_text("\n".join(lines))
+    assert cli.run(["score", str(tables / "run"), str(tmp_path / "gaps.csv")]) == 2
+    said = capsys.readouterr().err
+    assert "1 of 150 entries are missing in column 'c', which gaussian cannot take: leave such rows out of" in said
+    options = ["--model", "gaussian", "--complete", "-q", "--out", str(tmp_path / "run")]
+    assert cli.run(["fit", str(tmp_path / "gaps.csv"), *options]) == 0
+    assert capsys.readouterr().err.startswith("note: 1 of 150 rows have missing entries and are left out")
+
+
+@pytest.mark.parametrize("command", ["score", "diagnose", "evaluate"])
+def test_data_of_another_shape_are_refused(tables, capsys, command):
+    assert cli.run([command, str(tables / "run"), "digits"]) == 2
+    assert "a datum of digits has shape (8, 8), and those of the fit had (3,)" in capsys.readouterr().err
+
+
+def test_a_folder_that_lost_its_model_says_so(tables, capsys, tmp_path):
+    shutil.copy(tables / "run" / runs.RECORD, tmp_path)
+    for command in (["info", str(tmp_path)], ["sample", str(tmp_path)]):
+        assert cli.run(command) == 2
+        assert "has no model.pgen, which `pgen fit` wrote beside run.json" in capsys.readouterr().err
+
+
+def test_settings_are_shown_in_few_words():
+    assert cli._short({"name": "gaussian"}) == "gaussian" and cli._short([4, 5]) == "[4, 5]" and cli._short(1e-6) == "1e-06"
+    assert cli._short({"name": "student", "df": 3}) == "student(df=3)"
+    assert cli._short(["continuous"] * 30) == "[30 values]"
+
+
 def test_evaluate_says_what_is_missing(tables, capsys, folder, program):
     moved = runs.read_record(tables / "run")
     moved["data"]["source"] = "gone.csv"
@@ -199,6 +241,7 @@ def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, mon
 
     class Fake:
         overall = "problem found: 2 importance weights"
+        about = ["1000 draws"]
 
         def to_dict(self):
             return {"overall": self.overall}
@@ -219,6 +262,7 @@ def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, mon
     assert (asked["data"].shape, asked["level"], asked["seed"]) == ((447, 8, 8), "standard", 4)
     assert len(asked["last"].history["loss"]) == 40
     assert (folder / runs.REPORT).exists()
+    assert Fake.about == [f"run {folder} on digits", "1000 draws"]
     Fake.overall = "no problem found by: 1"
     answer(capsys, "diagnose", folder, "digits")
 
@@ -419,14 +463,17 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "digits", "--model", "vae", "--compile", "fast"], "`compile` is 'fast'"),
         (["fit", "digits", "--model", "vae", "--epochs", "0"], "`epochs` should be a positive number, got 0"),
         (["fit", "digits", "--model", "vae", "--epochs", "x"], "Invalid value for '--epochs'"),
-        (["fit", "digits", "--model", "autoencoder", "--likelihood", "gaussian"], "--likelihood is no setting of autoencoder"),
+        (["fit", "digits", "--model", "autoencoder", "--likelihood", "gaussian"], "--likelihood: autoencoder has no setting"),
         (["fit", "mean.py:model"], "--data is missing"),
         (["fit", "mean.py:model", "--data", "y.csv", "--model", "vae"], "--model does not go with a program of your own"),
         (["fit", "mean.py:modle", "--data", "y.csv"], "mean.py has no callable 'modle'; did you mean 'model'?"),
         (["fit", "none.py:model", "--data", "y.csv"], "none.py is not a file"),
         (["fit", "mean.py:model", "other.py:guide", "--data", "y.csv"], "both from one file"),
         (["fit", "mean.py:model", "mean.py:guide", "--guide", "flow", "--data", "y.csv"], "not both"),
-        (["fit", "digits", "--model", "vae", "--set", "latent=3"], "--latent is no setting of vae; leave it out; did you mean"),
+        (
+            ["fit", "digits", "--model", "vae", "--set", "latent=3"],
+            "--set latent=3: vae has no setting 'latent'; leave it out; did you mean",
+        ),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim"], "--set takes key=value, such as --set rank=2"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=two"], "'latent_dim' of vae should be int, got 'two'"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=true"], "'latent_dim' of vae should be int, got True"),

@@ -140,7 +140,7 @@ def test_unlike_scores_are_refused_in_one_line():
         pgen.compare({"a": score([1.0, 2.0]), "b": score([1.0, 2.0], event_size=4)})
     with pytest.raises(ValueError, match=r"'a' is a log-density, 'b' a log-mass: .*Dequantize"):
         pgen.compare({"a": score([1.0, 2.0], measure="density"), "b": score([1.0, 2.0], measure="mass")})
-    with pytest.raises(TypeError, match="`models` should be a dict"):
+    with pytest.raises(TypeError, match=r"`models` should be a dict .*, got a list$"):
         pgen.compare([score([1.0])])
     with pytest.raises(TypeError, match=r"`models\['a'\]` should be a Score or a fitted model"):
         pgen.compare({"a": 3.0})

@@ -79,6 +79,8 @@ def test_empty_and_wrong_files(tmp_path, name):
     assert refused(path, "the file is empty") == f"{path}: the file is empty"
     path.write_bytes(b"\x80\x04K\x01.\xff\xfe" * 3)  # the start of a pickle
     refused(path, "damaged, or no|not an IDX file|pickled objects")
+    path.write_bytes(b"\xbf\x00neither" * 9)
+    refused(path, r"damaged, or no .* file \(it does not begin as one" if ".np" in name else "damaged|IDX")
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------------

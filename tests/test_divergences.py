@@ -102,6 +102,10 @@ def test_what_cannot_be_compared_says_so():
         kl(3.0, Normal(0.0, 1.0))
     with pytest.raises(TypeError, match="`q` should be a fitted model"):
         kl(Normal(0.0, 1.0), 3.0)
+    with pytest.raises(ValueError, match=r"^`q` cannot score the draws, of event shape \(\): .* \(Boolean\(\)\) .*0.5\)$"):
+        kl(Normal(0.0, 1.0), torch.distributions.Bernoulli(0.5), 10)
+    with pytest.raises(ValueError, match=r"^`p` cannot score the draws"):  # draws of q, which p scores
+        jensen_shannon(torch.distributions.Bernoulli(0.5), Normal(0.0, 1.0), 10)
     with pytest.raises(ValueError, match="`n` should be a positive integer"):
         jensen_shannon(Normal(0.0, 1.0), Normal(0.0, 1.0), 0)
 
@@ -172,8 +176,10 @@ def test_bad_samples_are_one_line():
     x = draw(6, 2)
     with pytest.raises(ValueError, match=r"`x` and `y` should be of one event shape, got \(2,\) and \(3,\)"):
         mmd(x, draw(6, 3))
-    with pytest.raises(ValueError, match="`y` should be a sample of two points or more"):
+    with pytest.raises(ValueError, match=r"`y` should be a sample of two points or more, .* got shape \(1, 2\)"):
         sliced_wasserstein(x, x[:1])
+    with pytest.raises(ValueError, match="`y` has no rows"):
+        mmd(x, x[:0])
     with pytest.raises(ValueError, match="should have one size for an exact assignment, got 6 and 5"):
         wasserstein(x, x[:5])
     with pytest.raises(ValueError, match="the median is no bandwidth"):
@@ -190,5 +196,5 @@ def test_divergences_print_what_they_are_and_leave_the_random_state(capsys):
     state = torch.get_rng_state()
     text = str(mmd(draw(10, 2), draw(10, 2, 3.0, seed=1), permutations=19, bandwidth=1.0))
     assert text.startswith("MMD² ") and "p = 0.05 (10 and 10 samples)" in text and "h = 1" in text
-    assert "nats" in repr(kl(Normal(0.0, 1.0), Normal(0.0, 2.0), 10))
+    assert "nats (10 samples)" in repr(kl(Normal(0.0, 1.0), Normal(0.0, 2.0), 10))
     assert torch.equal(state, torch.get_rng_state())

@@ -167,7 +167,8 @@ def test_a_vae_gets_every_row_and_a_picture(tmp_path):
     assert text == (tmp_path / "ood.md").read_text() and "| likelihood |" in text and repr(found) == str(found)
     assert set(found.to_dict()) == {"level", "methods", "warnings"}
     figure = plots.out_of_distribution(found)
-    assert [ax.get_xlabel() for ax in figure.axes] == [f"{name} [nats]" for name in found.rows]
+    told = [f"{name} [nats]" for name in found.rows]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["minus log-likelihood [nats]", *told[1:]]
     heights = figure.axes[0].patches[0].get_data().values
     assert heights.sum() == pytest.approx(1.0)
 
@@ -188,3 +189,27 @@ def test_bad_arguments_are_one_line(gaussian):
         ood.report(gaussian, x, x, null=x, level=5)
     with pytest.raises(ValueError, match="`null` should hold at least two data"):
         ood.detect(gaussian, x, null=x[:1])
+    with pytest.raises(TypeError, match="`model` should be a fitted family, got int"):
+        ood.report(3, x, x, null=x)
+    with pytest.raises(ValueError, match=r"`inside` should be scores, .* got shape \(10, 20\)"):
+        ood.auroc(x, x[:, 0])
+    with pytest.raises(ValueError, match=r"`null` should be scores, .* got shape \(0,\)"):
+        ood.conformal(x[:, 0], x[:0, 0])
+    with pytest.raises(ValueError, match="`x` has no rows"):
+        ood.perturbed(x[:0])
+
+
+@pytest.mark.parametrize("argument", ["in_test", "out_test", "null"])
+def test_errors_name_the_argument_that_is_wrong(gaussian, argument):
+    lost = normal(10, 20)
+    lost[3, 5] = math.nan
+    wrong = {
+        f"^`{argument}` should have shape \\(N, 20\\), got \\(10, 7\\)$": normal(10, 7),
+        f"^`{argument}` has no rows$": normal(0, 20),
+        f"^{argument} row 3, column 5 is nan; drop": lost,
+        f"^`{argument}` is one number": torch.tensor(1.0),
+    }
+    for message, value in wrong.items():
+        data = dict.fromkeys(("in_test", "out_test", "null"), normal(10, 20)) | {argument: value}
+        with pytest.raises(ValueError, match=message):
+            ood.report(gaussian, data["in_test"], data["out_test"], null=data["null"], progress=False)

@@ -252,3 +252,17 @@ def test_density_encloses_the_mass_that_its_contours_say():
     assert (named.get_xlabel(), named.get_ylabel()) == ("height", "weight")
     with pytest.raises(ValueError, match="`names` should be two, one for each axis, got 1"):
         plots.density(target, names=("height",))
+
+
+def test_progress_pictures_name_the_features(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
+
+    class Model:
+        def sample(self, num, context, *, seed, progress):
+            return np.zeros((num, 2)) + np.arange(num)[:, None]
+
+    plots.Pictures(Model(), tmp_path, num=5, names=["width", "length"]).on_state(30)
+    ((figure, path),) = drawn
+    assert path == tmp_path / "step-000030.png"
+    assert {"width", "length"} <= {ax.get_xlabel() for ax in figure.axes}

@@ -425,3 +425,25 @@ def test_columns_of_different_units_count_alike() -> None:
 def test_labels_that_are_words_are_named() -> None:
     with pytest.raises(TypeError, match="`labels` should hold numbers"):
         samples.evaluate(torch.randn(30, 2), torch.randn(30, 2), labels=["a", "b"] * 15, features="classifier", progress=False)
+
+
+def test_neighbours_are_found_in_one_scale_and_shown_in_the_datas_own():
+    g = torch.Generator().manual_seed(0)
+    unit = torch.tensor([1.0, 1000.0])  # the second column alone would decide which is nearest
+    train, real, drawn = (unit * torch.randn(n, 2, generator=g) for n in (60, 40, 50))
+    found = samples.evaluate(drawn, real, train=train, progress=False)
+    assert all((row == drawn).all(1).any() for row in found.shown) and len(found.shown) == 10
+    deviation = train.std(0)
+    want = train[torch.cdist(found.shown / deviation, train / deviation).argmin(1)]
+    assert torch.equal(found.neighbours, want)
+    assert not torch.equal(want, train[torch.cdist(found.shown, train).argmin(1)])
+
+
+def test_a_p_value_near_the_limit_is_told_beside_the_verdict():
+    def row(name, p):
+        return samples.Row(samples.Finding(name, 0.73, 0.06, (30, 30), p), "data")
+
+    rows = {name: row(name, p) for name, p in (("accuracy, kernel", 0.004), ("accuracy, forest", 0.05), ("MMD²", 0.2))}
+    assert samples._told_apart(rows).endswith("more data may: the smallest p is 0.004, and below 0.0033 one would.")
+    rows["accuracy, kernel"] = row("accuracy, kernel", 0.06)
+    assert samples._told_apart(rows | {"accuracy, forest": row("accuracy, forest", 0.3)}).endswith("more data may.")

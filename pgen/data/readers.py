@@ -53,6 +53,9 @@ _DAMAGE = (
 )
 
 
+_NUMPY = b"\x93NUMPY", b"PK", b"\x80"
+"""How arrays, archives of them, and pickled objects begin."""
+
 # --- by ending -----------------------------------------------------------------------------------------------------------
 
 _Read = tuple[Any, tuple[str, ...] | None]
@@ -84,10 +87,18 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except PermissionError:
         raise
     except _DAMAGE as error:
+        if kind.startswith(".np") and not _starts(path, *_NUMPY):
+            raise ValueError(f"{path}: damaged, or no {kind} file (it does not begin as one)") from None
         if kind.startswith(".np") and "object" in str(error).lower():
             raise ValueError(f"{path}: holds pickled objects, which are never loaded; save plain arrays of numbers") from None
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise ValueError(f"{path}: damaged, or no {kind} file ({reason})") from None
+
+
+def _starts(path: Path, *beginnings: bytes) -> bool:
+    """Whether a file begins so: NumPy takes whatever it does not know for pickled objects."""
+    with path.open("rb") as file:
+        return file.read(max(map(len, beginnings))).startswith(beginnings)
 
 
 class _Refused(ValueError):

@@ -7,8 +7,9 @@ the bad side (with Holm's adjustment where one claim makes several comparisons),
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -34,7 +35,9 @@ EXPECTED_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeE
 """What a model or a measurement may raise without ending the report (NotAvailable is a RuntimeError)."""
 
 _Z = 1.959964
+_MINUS = re.compile(r"(?<![\w-])-(?=\d)")
 _TABLE = {"mean_q": "q_mean", "sd_q": "q_sd", "mean": "psis_mean", "sd": "psis_sd", "mcse": "psis_mcse", "khat": "khat"}
+_FEWEST = 10  # data of which a distribution is compared with another
 _MANY_DATA = 20  # past this many data, local latents are judged by their root mean square over the data
 
 
@@ -153,6 +156,7 @@ class Evidence:
         problems: Why something is missing, by step.
         seconds: What each step took.
         status: Verdicts so far, by claim number.
+        check: What ``ppc`` found, where claim 8 was measured.
         log_p: Of a family without latents: log p of the data and of the model's own samples, and the numbers of a datum.
     """
 
@@ -167,6 +171,7 @@ class Evidence:
     seconds: dict[str, float] = field(default_factory=dict)
     status: dict[int, Status] = field(default_factory=dict)
     components: Any = None
+    check: Any = None
     log_p: tuple[np.ndarray, np.ndarray, int] | None = None
 
     @property
@@ -191,7 +196,8 @@ def judge(number: int, evidence: Evidence) -> Claim:
     if number not in rules:
         return Claim(number, "not_measured", explanation=_not_built(number, evidence.level))
     try:
-        return rules[number](evidence)
+        claim = rules[number](evidence)
+        return replace(claim, explanation=_MINUS.sub("\N{MINUS SIGN}", claim.explanation))
     except EXPECTED_ERRORS as problem:
         return Claim(number, "not_measured", explanation=describe(problem))
 
@@ -233,9 +239,15 @@ def _optimised(evidence: Evidence) -> Claim:
         raise NotMeasured(f"the record of the fit has no losses ({run.stopped or 'no reason given'})")
     if run.restored is not None and not run.skipped:
         return _validated(run, run.restored)
+    name, _, unit = spoken(run.word, training=True)
+    if name != run.word:  # the loss is no figure that training brings to its best
+        raise NotMeasured(
+            f"the loss need not fall as training gets better, and the {run.word} has no best: judge the samples, by "
+            "pgen.evaluation.samples.evaluate or `pgen evaluate`"
+        )
     found = plateau(run)
     limit, why = _improvement_limit(evidence)
-    name, _, unit = spoken(run.word, training=True)
+    why = why if unit else why.replace(" nats a datum", "")
     status, explanation = _plateau_verdict(found, limit, name)
     skipped = f" {run.skipped} steps of {run.steps} were not finite and were skipped." if run.skipped else ""
     return Claim(
@@ -325,8 +337,7 @@ def _generalises(evidence: Evidence) -> Claim:
     if run is None or not len(run.history.get("loss", ())) or not len(run.validation.get("bound", ())):
         raise NotMeasured("the fit had no validation data; fit(x, validation=0.1) holds some out")
     size, limit = evidence.log_p[2], evidence.limits.gap
-    loss = np.asarray(run.history["loss"], dtype=np.float64)
-    training = -float(loss[-max(1, len(loss) // 10) :].mean())
+    training = -float(_losses_at_the_figure(run).mean())
     gap, error = (training - run.bound) / size, _Z * run.bound_std_error / size
     status: Status = "supported" if gap + error < limit else "contradicted" if gap - error > limit else "undecided"
     explanation = {
@@ -340,11 +351,24 @@ def _generalises(evidence: Evidence) -> Claim:
     )  # fmt: skip
 
 
+def _losses_at_the_figure(run: Run) -> np.ndarray:
+    """Training losses of the parameters that ``run.bound`` is about: of a tenth of the fit, around the best or at the end."""
+    loss = np.asarray(run.history["loss"], dtype=np.float64)
+    reach = max(1, len(loss) // 10)
+    if run.restored is None or "step" not in run.history or "step" not in run.validation:
+        return loss[-reach:]
+    best = run.validation["step"][np.argmin(np.abs(run.validation["bound"] - run.restored))]
+    entry = min(int(np.searchsorted(run.history["step"], best)), len(loss) - 1)
+    return loss[max(entry - reach // 2, 0) : entry + reach // 2 + 1]
+
+
 def _as_probable(evidence: Evidence) -> Claim:
     """The largest distance between the distributions of log p(x) over the data and over the model's samples."""
     if evidence.log_p is None:
         raise NotMeasured(evidence.problems["density"])
     data, own, _ = evidence.log_p
+    if len(data) < _FEWEST:
+        raise NotMeasured(f"{len(data)} data are too few to compare two distributions: give {_FEWEST} or more")
     at = np.sort(np.concatenate([data, own]))
     below = [np.searchsorted(np.sort(part), at, side="right") / len(part) for part in (data, own)]
     signed = below[0] - below[1]
@@ -618,7 +642,7 @@ def _site_rows(name: str, summary: xr.DataArray) -> list[dict[str, Any]]:
 def _reproduces(evidence: Evidence) -> Claim:
     if evidence.tree is None or "posterior_predictive" not in evidence.tree:
         raise NotMeasured(evidence.problems.get("predict") or evidence.problems.get("draw", "no posterior predictive draws"))
-    check = ppc(evidence.tree)
+    evidence.check = check = ppc(evidence.tree)
     ppp, draws = check.ppp.to_numpy().reshape(-1), check.sizes["draw"]
     names = [f"{statistic} of {site}" for site in check.site.values for statistic in check.statistic.values]
     limit = evidence.limits.ppp

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgen.contracts import Run, spoken
-from pgen.plots import BLUE, FAINT, INK, ORANGE, _figure, _label, _legend
+from pgen.plots import BLUE, FAINT, INK, ORANGE, _figure, _label, _legend, _look
 
 from .claims import Evidence
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["evidence_figures", "plot_posterior_error", "plot_weights"]
+__all__ = ["evidence_figures", "plot_log_densities", "plot_posterior_error", "plot_predictive", "plot_weights"]
 
 _MOST_ROWS = 24
+_MOST_PANELS = 4
 
 
 def plot_weights(log_weight: Any, log_weight_smoothed: Any = None) -> Figure:
@@ -86,6 +88,59 @@ def plot_posterior_error(components: pd.DataFrame, *, shift: float = 0.1, sd_rat
     return figure
 
 
+def plot_log_densities(data: Any, own: Any) -> Figure:
+    r"""Histograms of log p(x) over data and over the model's own samples: of the right model they are the same.
+
+    Shapes: ``(N,)`` and ``(M,)``, in nats.
+
+    Args:
+        data: Log-densities of data.
+        own: Of the model's samples.
+    """
+    parts = [np.asarray(values, dtype=np.float64) for values in (data, own)]
+    pooled = np.concatenate(parts)
+    low, high = np.quantile(pooled[np.isfinite(pooled)], [0.002, 0.998])
+    edges = np.linspace(low, high if high > low else low + 1.0, 41)
+    figure, (ax,) = _figure(7.0, 3.4)
+    for values, colour, name in zip(parts, (BLUE, ORANGE), ("data", "samples")):
+        heights = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+        ax.stairs(heights, edges, fill=True, color=colour, alpha=0.45, label=f"{len(values)} {name}")
+    _label(ax, "log p(x) [nats]; what lies beyond is counted at the ends", "share")
+    _legend(ax, loc="best")
+    return figure
+
+
+def plot_predictive(check: xr.Dataset) -> Figure:
+    r"""Statistics of data that the model generates (histogram), and of the data that it was given (line).
+
+    Args:
+        check: What ``ppc`` returns. Of many comparisons the four with the most extreme p-values are drawn.
+    """
+    pairs = [(site, statistic) for site in check.site.values for statistic in check.statistic.values]
+    found = [check.sel(site=site, statistic=statistic) for site, statistic in pairs]
+    extreme = np.argsort([min(float(part.ppp), 1 - float(part.ppp)) for part in found], kind="stable")[:_MOST_PANELS]
+    rows = -(-len(extreme) // 2)
+    figure, _ = _figure(7.4, 2.3 * rows + 0.2, panels=0)
+    for place, number in enumerate(sorted(extreme)):
+        ax = _look(figure.add_subplot(rows, min(2, len(extreme)), place + 1))
+        part, (site, statistic) = found[number], pairs[number]
+        replicated, observed = part.replicated.to_numpy(), float(part.observed)
+        ends = _ends(replicated[np.isfinite(replicated)])
+        ax.hist(np.clip(replicated, *ends), bins=np.linspace(*ends, 31).tolist(), color=BLUE, alpha=0.45, label="model")
+        ax.axvline(observed, color=ORANGE, linewidth=1.6, label="data")
+        ax.locator_params(axis="x", nbins=6)
+        _label(ax, f"{statistic} of {site}", "replicates" if place % 2 == 0 else "", f"p = {float(part.ppp):.3g}")
+    _legend(figure.axes[0], loc="best")
+    return figure
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    """Limits that a few wild values do not stretch: what lies beyond is counted at them."""
+    low, high = np.quantile(values, [0.01, 0.99]) if len(values) else (0.0, 1.0)
+    room = 0.1 * (high - low) or 0.5
+    return float(low - room), float(high + room)
+
+
 def _forest(ax: Axes, part: pd.DataFrame, bounds: tuple[float, float], *, exponential: bool) -> None:
     change = np.exp if exponential else np.asarray
     place = np.arange(len(part))
@@ -119,6 +174,10 @@ def evidence_figures(evidence: Evidence, run: Run | None) -> dict[str, Figure]:
         figures["Error of raw q (band: tolerance; orange: outside; black: open)"] = plot_posterior_error(
             evidence.components, shift=limits.shift, sd_ratio=limits.sd_ratio
         )
+    if evidence.check is not None:
+        figures["What the model generates, and the data"] = plot_predictive(evidence.check)
+    if evidence.log_p is not None:
+        figures["Log-density of the data, and of the model's own samples"] = plot_log_densities(*evidence.log_p[:2])
     fitted = evidence.fitted
     if evidence.per_datum and np.isfinite(fitted.khat).any():
         figures["Pareto k-hat of each datum"] = plots.plot_khat(fitted.khat, fitted.khat_se, threshold=float(fitted.good_k))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _MOST_PARAMETERS = 40
+_WIDE = 8.0  # inches from which a picture takes the whole width, or its letters become small
 
 _COLUMNS = {
     "name": "latent",
@@ -69,6 +70,7 @@ td.wide{text-align:left;white-space:normal}
 tr:last-child td{border-bottom:0}
 figure{margin:0 0 14px;background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:14px}
 figure img{display:block;width:100%;max-width:720px;height:auto;margin:0 auto}
+figure img.wide{max-width:none}
 figcaption{font-weight:600;font-size:.95rem;margin:0 0 8px}
 .note{color:var(--soft);font-size:.85rem;margin:8px 2px}
 @media(max-width:520px){main{padding:18px 12px 40px}.verdict strong{font-size:1.2rem}th,td{padding:7px 10px}}
@@ -190,5 +192,5 @@ def _picture(title: str, figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, facecolor="white")
     data = base64.b64encode(stream.getvalue()).decode("ascii")
-    name = escape(title)
-    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+    name, wide = escape(title), ' class="wide"' if figure.get_figwidth() > _WIDE else ""
+    return f'<figure><figcaption>{name}</figcaption><img{wide} alt="{name}" src="data:image/png;base64,{data}"></figure>'

@@ -206,7 +206,7 @@ def report(
         parameters=parameter_table(evidence),
         level=level,
         seed=seed,
-        about=[*about, f"level {level}", f"seed {seed}"],
+        about=[*filter(None, [getattr(model, "family", "")]), *about, f"level {level}", f"seed {seed}"],
         evidence=evidence,
     )
 

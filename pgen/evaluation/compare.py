@@ -262,7 +262,8 @@ def compare(
         (['a', 'b'], ['a'], 0.5)
     """
     if not isinstance(models, Mapping) or not models:
-        raise TypeError(f"`models` should be a dict of scores or models by name, such as {{'vae': score}}, got {models!r:.60}")
+        what = "an empty one" if isinstance(models, Mapping) else f"a {type(models).__name__}"
+        raise TypeError(f"`models` should be a dict of scores or models by name, such as {{'vae': score}}, got {what}")
     if not 0 < level < 1:
         raise ValueError(f"`level` should lie between 0 and 1, such as 0.95, got {level!r}")
     options = {"context": context, "num_samples": num_samples, "seed": as_seed(seed)}

@@ -40,7 +40,7 @@ class Divergence:
         unit: Of both.
         kind: ``exact`` but for the Monte Carlo error, a bound in expectation, or an estimate.
         p_value: Of the hypothesis that both samples are of one distribution; None where nothing was permuted.
-        num_samples: Of each side.
+        num_samples: Of each side; 0 of one that was not sampled.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Divergence:
     def __str__(self) -> str:
         kind = "" if self.kind == "exact" else f", {KIND_WORDS[self.kind]}"
         p_value = "" if self.p_value is None else f", p = {self.p_value:.3g}"
-        samples = " and ".join(map(str, self.num_samples))
+        samples = " and ".join(str(count) for count in self.num_samples if count)
         return f"{self.name} {self.value:.4f} ± {self.std_error:.4f} {self.unit}{kind}{p_value} ({samples} samples)"
 
 
@@ -121,7 +121,7 @@ def jensen_shannon(p: Any, q: Any, n: int = 10_000, *, seed: Seed = 0, progress:
     check_positive("n", n)
     seed, given = as_seed(seed), {**options, "seed": seed, "progress": progress}
     above = _ratio(p, q, _sample(p, n, key(seed, "js", 0)), given)
-    below = _ratio(q, p, _sample(q, n, key(seed, "js", 1)), given)
+    below = _ratio(q, p, _sample(q, n, key(seed, "js", 1)), given, names=("q", "p"))
     # log p/m = log 2 - log(1 + q/p)
     terms = [math.log(2) - torch.nn.functional.softplus(-ratio.value) for ratio in (above, below)]
     error = 0.5 * math.hypot(*(_error(term) for term in terms))
@@ -130,10 +130,12 @@ def jensen_shannon(p: Any, q: Any, n: int = 10_000, *, seed: Seed = 0, progress:
     return Divergence("Jensen-Shannon", value, error, "nats", kind, None, (n, n))
 
 
-def _ratio(p: Any, q: Any, x: Tensor, options: dict[str, Any]) -> Score:
-    ratio = _log_prob("p", p, x, options) - _log_prob("q", q, x, options)
-    if bool(torch.isnan(ratio.value).any()):
-        raise ValueError(f"log p - log q is not a number at {int(torch.isnan(ratio.value).sum())} of {len(x)} draws of p")
+def _ratio(p: Any, q: Any, x: Tensor, options: dict[str, Any], names: tuple[str, str] = ("p", "q")) -> Score:
+    """log p - log q at draws of p, which the caller may call otherwise."""
+    first, second = names
+    ratio = _log_prob(first, p, x, options) - _log_prob(second, q, x, options)
+    if lost := int(torch.isnan(ratio.value).sum()):
+        raise ValueError(f"log {first} - log {second} is not a number at {lost} of {len(x)} draws of {first}")
     return ratio
 
 
@@ -151,7 +153,11 @@ def _sample(p: Any, n: int, seed: int) -> Tensor:
 def _log_prob(name: str, p: Any, x: Tensor, options: dict[str, Any]) -> Score:
     if not callable(getattr(p, "log_prob", None)):
         raise TypeError(f"`{name}` should be a fitted model, a toy or a torch distribution, got {type(p).__name__}")
-    score = p.log_prob(x, **options) if hasattr(p, "fit") else p.log_prob(x)
+    try:
+        score = p.log_prob(x, **options) if hasattr(p, "fit") else p.log_prob(x)
+    except ValueError as error:  # torch's message goes on with every draw
+        reason = str(error).partition(", but found invalid values")[0]
+        raise ValueError(f"`{name}` cannot score the draws, of event shape {tuple(x.shape[1:])}: {reason}") from error
     if isinstance(score, Score):
         return score
     if score.dim() != 1:
@@ -371,9 +377,9 @@ def _pooled(x: Any, y: Any, most: int | None = _MOST_POINTS) -> tuple[Tensor, in
     """Both samples as rows of one float64 matrix, less the mean of all, and how many are the first's."""
     samples = []
     for name, value in (("x", x), ("y", y)):
-        array = as_batch(value)
+        array = as_batch(value, name=name)
         if not isinstance(array, Tensor) or array.dim() < 1 or len(array) < 2:
-            raise ValueError(f"`{name}` should be a sample of two points or more, shape (n, *event)")
+            raise ValueError(f"`{name}` should be a sample of two points or more, shape (n, *event), got {_kind(array)}")
         check_finite(array, name)
         if most is not None and len(array) > most:
             raise ValueError(f"`{name}` has {len(array)} points; all pairs are looked at, of at most {most}: give some of them")
@@ -384,6 +390,10 @@ def _pooled(x: Any, y: Any, most: int | None = _MOST_POINTS) -> tuple[Tensor, in
     rows = [s.double().reshape(len(s), -1) for s in samples]
     both = torch.cat([rows[0], rows[1].to(rows[0].device)])
     return both - both.mean(0), len(rows[0])
+
+
+def _kind(array: Any) -> str:
+    return f"shape {tuple(array.shape)}" if isinstance(array, Tensor) else f"a {type(array).__name__}"
 
 
 def _groups(n: int, total: int, permutations: int, seed: Seed) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Batch, NotAvailable, Score, Seed, as_seed, check_choice
+from ..data.arrays import as_batch, check_finite
 from ..data.batches import key
 from ..programs import batch_length, innermost, keyed_rng, run_program
 from ..training.progress import Progress
@@ -106,6 +107,7 @@ def conformal(statistic: Tensor, null: Tensor) -> Tensor:
         >>> conformal(torch.tensor([0.0, 2.5, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
         tensor([1.0000, 0.5000, 0.2500], dtype=torch.float64)
     """
+    _check_scores(statistic=statistic, null=null)
     below = torch.searchsorted(null.double().sort().values, statistic.double())
     return (1 + len(null) - below).double() / (1 + len(null))
 
@@ -122,6 +124,7 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
         >>> auroc(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.5, 4.0]))[0]  # 6 of 8 pairs
         0.75
     """
+    _check_scores(inside=inside, outside=outside)
     low, high = inside.double().sort().values, outside.double().sort().values
 
     def above(values: Tensor, others: Tensor) -> Tensor:
@@ -131,6 +134,14 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
     won, lost = above(high, low), 1 - above(low, high)
     error = sum(float(part.var()) / len(part) if len(part) > 1 else math.nan for part in (won, lost))
     return float(won.mean()), math.sqrt(error)
+
+
+def _check_scores(**scores: Tensor) -> None:
+    """One number a datum, in vectors."""
+    for name, values in scores.items():
+        if not isinstance(values, Tensor) or values.dim() != 1 or not len(values):
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"`{name}` should be scores, one a datum, a tensor of shape (n,), got {got}")
 
 
 def perturbed(x: Tensor, rate: float = 0.2, *, levels: int | None = None, seed: Seed = 0) -> Tensor:
@@ -150,6 +161,8 @@ def perturbed(x: Tensor, rate: float = 0.2, *, levels: int | None = None, seed: 
     """
     if not 0 < rate < 1:
         raise ValueError(f"`rate` should lie strictly between 0 and 1, got {rate!r}")
+    x = torch.as_tensor(as_batch(x, name="x"))
+    check_finite(x, "x")
     generator = torch.Generator().manual_seed(key(as_seed(seed), "perturbed"))
     replaced = (torch.rand(x.shape, generator=generator) < rate).to(x.device)
     if bool((x == x.round()).all()) and float(x.min()) >= 0:
@@ -342,16 +355,16 @@ def report(
     """
     if not 0 < level < 1:
         raise ValueError(f"`level` should lie between 0 and 1, such as 0.05, got {level!r}")
-    data = {"in": in_test, "out": out_test, "null": null}
+    data = {"in_test": in_test, "out_test": out_test, "null": null}
     chosen = list(methods) if methods is not None else _possible(model, in_test, background)
     found = _statistics(model, data, chosen, background, num_samples, as_seed(seed), progress)
     rows = {}
     for method, values in found.items():
-        value, error = auroc(values["in"], values["out"])
-        p_in, p_out = (conformal(values[part], values["null"]) for part in ("in", "out"))
+        value, error = auroc(values["in_test"], values["out_test"])
+        p_in, p_out = (conformal(values[part], values["null"]) for part in ("in_test", "out_test"))
         shares = [float((p <= level).double().mean()) for p in (p_out, p_in)]
         rows[method] = {"auroc": value, "std_error": error, "detected": shares[0], "false_alarms": shares[1]}
-    inside, outside, held = ({method: values[part] for method, values in found.items()} for part in ("in", "out", "null"))
+    inside, outside, held = ({method: values[part] for method, values in found.items()} for part in data)
     return OODReport(rows, inside, outside, held, level, _warnings(rows, inside, held, level, background))
 
 
@@ -362,6 +375,8 @@ def _possible(model: Any, x: Any, background: Any) -> list[str]:
         few = {name: value[:2] for name, value in x.items()} if isinstance(x, dict) else x[:2]
         model.likelihood_regret(few, steps=1, num_samples=2, progress=False)
     except (NotAvailable, AttributeError):  # no latents, no Gaussian guide, or no family at all
+        return chosen
+    except (TypeError, ValueError, IndexError):  # what is wrong with x is told where it is scored
         return chosen
     return [*chosen, "regret"]
 
@@ -394,6 +409,8 @@ def _statistics(
     model: Any, data: dict[str, Any], methods: Sequence[str], background: Any, num_samples: int, seed: int, progress: bool
 ) -> dict[str, dict[str, Tensor]]:
     """The score of every datum, by method and part; ``null`` is among the parts."""
+    if not callable(getattr(model, "log_prob", None)):
+        raise TypeError(f"`model` should be a fitted family, got {type(model).__name__}")
     for method in methods:
         check_choice("method", method, tuple(METHODS))
     if "ratio" in methods and background is None:
@@ -401,7 +418,7 @@ def _statistics(
     options = {"num_samples": num_samples, "seed": seed, "progress": progress}
     found: dict[str, dict[str, Tensor]] = {}
     with Progress(len(methods), progress, QUIET_SECONDS) as bar:
-        scores = {n: _score(model, x, options) for n, x in data.items()} if set(methods) - {"regret"} else {}
+        scores = {n: _score(n, model, x, options) for n, x in data.items()} if set(methods) - {"regret"} else {}
         for done, method in enumerate(methods):
             bar.at(done, method)
             if method == "likelihood":
@@ -409,7 +426,8 @@ def _statistics(
             elif method == "typicality":
                 found[method] = _typicality(scores)
             elif method == "ratio":
-                found[method] = {n: -(scores[n] - _score(background, x, options)).value for n, x in data.items()}
+                others = {n: _score(f"background, {n}", background, x, options) for n, x in data.items()}
+                found[method] = {n: -(scores[n] - others[n]).value for n in data}
             else:
                 found[method] = {
                     n: model.likelihood_regret(x, seed=seed, progress=progress).value.double() for n, x in data.items()
@@ -417,8 +435,15 @@ def _statistics(
     return found
 
 
-def _score(model: Any, x: Any, options: dict[str, Any]) -> Score:
-    return model.log_prob(x, **options)
+def _score(name: str, model: Any, x: Any, options: dict[str, Any]) -> Score:
+    """Log-densities of one part, which an error names."""
+    try:
+        return model.log_prob(x, **options)
+    except (TypeError, ValueError) as error:
+        told = str(error)  # models call their data x
+        shape, rows = told.startswith("`x` "), told.startswith("x row ")
+        where = f"`{name}` {told[4:]}" if shape else f"{name} {told[2:]}" if rows else f"{name}: {told}"
+        raise type(error)(where) from error
 
 
 def _typicality(scores: dict[str, Score]) -> dict[str, Tensor]:

@@ -270,15 +270,19 @@ def evaluate(
         table |= _copies(measured, seed, parts["real"]) if train is not None else {}
         table |= _modes(parts, classes, labels, modes, seed)
     sizes = (len(rows["generated"][0]), len(rows["real"][0]), len(rows["train"][0]) if train is not None else 0)
-    shown, near = _nearest(parts["generated"], rows["train" if train is not None else "real"][0])
+    which = "train" if train is not None else "real"
+    near = _nearest(parts["generated"][:_SHOWN], measured[which][0])  # as measured, and shown in the data's own units
+    shown = _thin(rows["generated"][0], most, key(seed, "generated"))[:_SHOWN].cpu()
+    neighbours = torch.as_tensor(rows[which][0])[near.to(torch.as_tensor(rows[which][0]).device)].cpu()
     recipe = f"features: {space}" + (f"; classes: {classes.recipe}" if classes and features != "classifier" else "")
     notes = _notes(rows, table, train is not None)
     if stretch > 1.0:
         notes.append(
-            f"columns differ in scale by a factor {stretch:.3g}: measured are columns divided by their standard deviations"
+            f"columns differ in scale by a factor of {float(f'{stretch:.2g}'):,.0f}: measured are columns divided by their "
+            "standard deviations"
         )
     of = "training data" if train is not None else "real data"
-    return SampleReport(table, _verdict(table), recipe, sizes, shown, near, of, notes)
+    return SampleReport(table, _verdict(table), recipe, sizes, shown, neighbours, of, notes)
 
 
 def _in_one_scale(rows: dict[str, tuple[Any, Tensor]]) -> tuple[dict[str, tuple[Any, Tensor]], float]:
@@ -363,11 +367,10 @@ def _modes(parts: dict[str, Tensor], classes: Classes | None, labels: Any, modes
     return {renamed[name]: Row(replace(f, name=renamed[name]), "classifier", floor[name]) for name, f in found.items()}
 
 
-def _nearest(generated: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """The first few samples, and of each its nearest datum."""
-    shown = generated[:_SHOWN]
+def _nearest(shown: Tensor, data: Tensor) -> Tensor:
+    """Of each sample the number of its nearest datum."""
     x, rows = same_sample(1, x=shown, data=data)
-    return shown.cpu(), torch.as_tensor(data)[torch.cdist(x, rows).argmin(1).to(data.device)].cpu()
+    return torch.cdist(x, rows).argmin(1)
 
 
 # --- in words --------------------------------------------------------------------------------------------------------------
@@ -415,9 +418,11 @@ def _told_apart(rows: dict[str, Row]) -> str:
     if sure:
         return f"MMD tells samples from data (p = {sure[0].p_value:.2g}), classifiers do not: near the data's law, but not it."
     best = max(tests.values(), key=lambda f: f.value if f.name.startswith("accuracy") else 0.0)
+    least, limit = min(f.p_value for f in tests.values() if f.p_value is not None), LEVEL / len(tests)
+    near = f": the smallest p is {least:.2g}, and below {limit:.2g} one would" if least < 0.05 else ""
     return (
         f"No test tells samples from data (best accuracy {best.value:.2f} ± {best.std_error:.2f}, chance 0.50) "
-        f"at {sizes} data; more data may."
+        f"at {sizes} data; more data may{near}."
     )
 
 

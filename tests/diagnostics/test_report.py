@@ -6,11 +6,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from diagnostics_fakes import GaussianFit, PPCAFit, flat_run, gaussian_fit, make_draws, mean_field_fit
 
 import pgen
 from pgen.contracts import NotAvailable, Run
-from pgen.diagnostics import report
+from pgen.diagnostics import ppc, report
+from pgen.diagnostics.figures import plot_log_densities, plot_predictive
 
 Y = torch.zeros(7)
 
@@ -435,7 +437,8 @@ def test_a_density_is_judged_by_held_out_data_and_by_its_own_samples(tmp_path):
     assert all(claims[n].status == "supported" for n in (1, 11, 12))
     page = found.to_html(tmp_path / "report.html").read_text()
     assert "while training" not in page and "PSIS" not in page and "k-hat" not in page
-    assert found.about == ["1000 data", "level quick", "seed 0"]
+    assert found.about == ["gaussian", "1000 data", "level quick", "seed 0"]
+    assert "What the model generates, and the data" in page and "Log-density of the data" in page
     assert "No steps were needed: closed form" in claims[1].explanation
     assert abs(claims[11].estimate) < 0.02 and claims[12].estimate < 0.07
     assert "probability of the data" in found.overall and "12 " in str(found)
@@ -449,6 +452,8 @@ def test_data_that_are_not_the_models_are_less_probable_or_more():
         assert claim.status == "contradicted" and said in claim.explanation
     few = _claims_of(model, _normal(30, 2))[0][12]
     assert few.status == "undecided" and "needs about" in few.explanation
+    one = _claims_of(model, _normal(9, 2))[0][12]
+    assert one.status == "not_measured" and one.explanation.startswith("9 data are too few to compare two distributions")
 
 
 def test_a_density_that_knows_its_training_data_by_heart_is_caught():
@@ -459,6 +464,50 @@ def test_a_density_that_knows_its_training_data_by_heart_is_caught():
     bare = pgen.models.Gaussian((3,))
     bare.fit(_normal(100, 0))
     assert _claims_of(bare, _normal(100, 1))[0][11].explanation.startswith("the fit had no validation data; fit(x, v")
+
+
+@pytest.mark.parametrize(("restored", "gap"), [(-2.0, 0.0), (None, 3.0)])
+def test_training_and_held_out_figures_are_of_the_same_parameters(restored, gap):
+    """Training climbs by 0.05 a step; held-out data are best at step 60, where it has reached -2, and fall to -3 at the end."""
+    model = pgen.models.Gaussian((1,))
+    model.fit(_normal(50, 0, 1))
+    step = np.arange(1, 101)
+    model.last_run = Run(
+        history={"step": step, "loss": 5.0 - 0.05 * step},
+        validation={"step": step[19::20], "bound": np.array([-4.0, -3.0, -2.0, -2.5, -3.0]), "std_error": np.full(5, 0.1)},
+        steps=100, num_data=50, restored=restored,
+    )  # fmt: skip
+    claim = _claims_of(model, _normal(50, 1, 1))[0][11]
+    assert claim.estimate == pytest.approx(gap, abs=0.25 if restored is None else 1e-9)
+    assert "held out \N{MINUS SIGN}" in claim.explanation
+
+
+@pytest.mark.parametrize("word", ["critic accuracy", "squared error", "bound"])
+def test_losses_that_need_not_fall_are_not_judged(word):
+    step = np.arange(1, 401)
+    run = Run(history={"step": step, "loss": 10.0 / step, "lr": np.full(400, 0.1)}, steps=400, num_data=50, word=word)
+    found = report(gaussian_fit([0.0], [1.0], last_run=run), Y, progress=False, tolerances={}).claims.loc[1]
+    assert (found["status"] == "not_measured") == (word == "critic accuracy")
+    assert ("nats" in found["statistic"]) == (word == "bound") and ("judge the samples" in found["explanation"]) == (
+        word == "critic accuracy"
+    )
+
+
+def test_pictures_of_a_density_show_what_was_compared():
+    picture = plot_log_densities(np.repeat([0.0, 4.0], [30, 10]), np.full(7, 4.0))
+    data, own = [patch.get_data().values for patch in picture.axes[0].patches]
+    assert data[0] == pytest.approx(0.75) and data[-1] == pytest.approx(0.25) and own[-1] == pytest.approx(1.0)
+    rng = np.random.default_rng(0)
+    data, replicates = rng.normal(size=9), rng.normal(size=(1, 50, 9))
+    tree = {
+        "observed_data": xr.Dataset({"x": ("i", data)}),
+        "posterior_predictive": xr.Dataset({"x": (("chain", "draw", "i"), replicates)}),
+    }
+    found = ppc(tree)
+    picture = plot_predictive(found)
+    assert [ax.get_xlabel() for ax in picture.axes] == ["mean of x", "sd of x", "min of x", "max of x"]
+    for ax, observed in zip(picture.axes, found.observed.to_numpy()[0]):
+        assert ax.lines[0].get_xdata()[0] == pytest.approx(observed) and sum(p.get_height() for p in ax.patches) == 50
 
 
 def test_a_model_with_latents_has_no_claims_about_a_density():
