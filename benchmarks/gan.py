@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from svi import cpu_name
 from torch import nn
 
 import pgen
@@ -189,13 +190,22 @@ def mean_sd(values):
     return f"{float(values.mean()):.3g}" + (f" ± {float(values.std()):.2g}" if len(values) > 1 else "")
 
 
+def runs(rows):
+    """Days and processors of each part."""
+    found = {}
+    for name, row in rows.items():
+        found.setdefault(name.split("|")[0], {})[row.get("when", "2026-11-21 on AMD EPYC")] = None
+    return {part: list(when) for part, when in found.items()}
+
+
 def write(rows, path):
     """The page."""
     text = [
         "# Generative adversarial networks",
         "",
-        f"By `python benchmarks/gan.py --markdown {path}`, {date.today()}, torch {version('torch')}, {platform.machine()}, one",
-        "thread; times are CPU seconds of the process, taken while other work ran on the machine.",
+        f"By `python benchmarks/gan.py --markdown docs/benchmarks/gan.md`, torch {version('torch')}, {platform.machine()}, one thread;",
+        "times are CPU seconds of the process, taken while other work ran on the machine.",
+        "Runs: " + "; ".join(f"{part} {', '.join(when)}" for part, when in runs(rows).items()) + ".",
     ]
     for part in ("grid", "ring"):
         found = {k: v for k, v in rows.items() if k.startswith(f"{part}|")}
@@ -305,7 +315,7 @@ def main():
     for key, make in wanted(options):
         if key in rows and not options.again:
             continue
-        rows[key] = make()
+        rows[key] = {**make(), "when": f"{date.today()} on {cpu_name()}"}
         print(key, {k: v for k, v in rows[key].items() if k != "table"}, flush=True)
         options.results.write_text(json.dumps(rows, indent=1) + "\n")
     if options.markdown:

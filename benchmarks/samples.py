@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svi import cpu_name
 
 import pgen
 from pgen import models
@@ -384,8 +385,10 @@ def parzen_page(kept):
 def page(kept):
     versions = f"Python {platform.python_version()}, torch {version('torch')}, scikit-learn {version('scikit-learn')}"
     about = (
-        f"`python benchmarks/samples.py --markdown docs/benchmarks/samples.md`. {date.today()}, {versions}, one thread of "
-        f"{platform.machine()}. Figures come with standard errors over the samples; one seed a family unless a row says which."
+        f"`python benchmarks/samples.py --markdown docs/benchmarks/samples.md`. {versions}, one thread of "
+        f"{platform.machine()}. Figures come with standard errors over the samples; one seed a family unless a row says which. Runs: "
+        + "; ".join(f"{part} {when}" for part, when in kept.get("runs", {}).items())
+        + "."
     )
     parts = (family_page(kept.get("families", {})), tests_page(kept.get("tests", {})), parzen_page(kept.get("parzen", {})))
     return "\n".join(["# Samples, judged by samples alone", "", about, "", *(line for part in parts for line in part)])
@@ -413,6 +416,7 @@ def main():
     }  # fmt: skip
     for part in options.parts:
         for _ in made[part](kept.setdefault(part, {})):
+            kept.setdefault("runs", {})[part] = f"{date.today()} on {cpu_name()}"
             options.results.write_text(json.dumps(kept, indent=1) + "\n")
             if options.markdown:
                 options.markdown.write_text(page(kept))
