@@ -203,7 +203,8 @@ def write(rows, path):
     text = [
         "# Generative adversarial networks",
         "",
-        f"By `python benchmarks/gan.py --markdown docs/benchmarks/gan.md`, torch {version('torch')}, {platform.machine()}, one thread;",
+        "By `python benchmarks/gan.py --markdown docs/benchmarks/gan.md`, "
+        f"torch {version('torch')}, {platform.machine()}, one thread;",
         "times are CPU seconds of the process, taken while other work ran on the machine.",
         "Runs: " + "; ".join(f"{part} {', '.join(when)}" for part, when in runs(rows).items()) + ".",
     ]

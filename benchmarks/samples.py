@@ -386,9 +386,8 @@ def page(kept):
     versions = f"Python {platform.python_version()}, torch {version('torch')}, scikit-learn {version('scikit-learn')}"
     about = (
         f"`python benchmarks/samples.py --markdown docs/benchmarks/samples.md`. {versions}, one thread of "
-        f"{platform.machine()}. Figures come with standard errors over the samples; one seed a family unless a row says which. Runs: "
-        + "; ".join(f"{part} {when}" for part, when in kept.get("runs", {}).items())
-        + "."
+        f"{platform.machine()}. Figures come with standard errors over the samples; one seed a family unless a row says which. "
+        "Runs: " + "; ".join(f"{part} {when}" for part, when in kept.get("runs", {}).items()) + "."
     )
     parts = (family_page(kept.get("families", {})), tests_page(kept.get("tests", {})), parzen_page(kept.get("parzen", {})))
     return "\n".join(["# Samples, judged by samples alone", "", about, "", *(line for part in parts for line in part)])
