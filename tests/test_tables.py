@@ -158,7 +158,7 @@ def test_text_and_missing_entries_go_together_in_a_mixture(capsys, penguins):
     ("options", "message"),
     [
         (["--model", "gaussian"], "gaussian takes numbers alone, and columns species, sex hold categories: choose"),
-        (["--model", "made"], "2 of 60 entries are missing in column 'mass', and 1 more columns have some, which made cannot"),
+        (["--model", "made"], "2 of 60 entries are missing in column 'mass', and 1 more column has some, which made cannot"),
         (["--model", "made", "--columns", "sex"], "3 of 60 entries are missing in column 'sex', which made cannot take"),
         (["--model", "made", "--without", "sexe"], "--without` is 'sexe', which is unknown; did you mean 'sex'"),
     ],
