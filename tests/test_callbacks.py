@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pgen
-from pgen.training import TensorBoard
+from pgen.training import Callback, TensorBoard
 
 
 def test_tensorboard_holds_every_metric(tmp_path):
@@ -19,3 +19,23 @@ def test_tensorboard_holds_every_metric(tmp_path):
     assert {"loss", "grad_norm", "lr", "validation_bound"} <= set(written.Tags()["scalars"])
     assert written.Scalars("loss")[-1].step == 12
     assert written.Scalars("validation_bound")[-1].value == pytest.approx(run.validation["bound"][-1], rel=1e-5)
+
+
+def test_a_fit_that_stops_early_shows_what_it_keeps():
+    class Seen(Callback):
+        every = 4
+
+        def __init__(self, model):
+            self.model, self.steps, self.bound = model, [], 0.0
+
+        def on_state(self, step):
+            self.steps.append(step)
+            self.bound = self.model.log_prob(x[:9], progress=False).mean
+
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    model = pgen.models.MADE((3,), (5,), likelihood="gaussian")
+    seen = Seen(model)
+    options = {"batch_size": 25, "progress": False, "callbacks": [seen], "optimizer": 1.0}
+    run = model.fit(x, validation=x[:9], steps=400, validate_every=3, early_stopping=2, **options)
+    assert run.steps < 400 and run.steps % 4 and seen.steps[-1] == run.steps and seen.steps[:-1] == [*range(4, run.steps, 4)]
+    assert seen.bound == pytest.approx(max(run.validation["bound"]), abs=1e-4)

@@ -407,6 +407,18 @@ def test_samples_come_in_the_units_of_the_data():
     assert again.shape == (50, 2) and float((again - x.mean(0)).abs().max()) < 20
 
 
+def test_replicates_of_many_data_come_from_fewer_chains():
+    model = plain(TwoWells(), tempering=(20, 5, 3))
+    found = model.predict(torch.zeros(3, 1), 700, seed=4, progress=False)["x"]
+    chains = model.sample(2000, seed=4, progress=False)
+    assert found.shape == (700, 3, 1) and bool(torch.isin(found, chains).all())
+    shares = (found < 0).double().mean((1, 2))  # of three draws each: binomial about the chains' own share
+    share = float((chains < 0).double().mean())
+    assert float(shares.mean()) == pytest.approx(share, abs=0.03)
+    assert float(shares.var()) == pytest.approx(share * (1 - share) / 3, rel=0.2)
+    assert not torch.equal(found, model.predict(torch.zeros(3, 1), 700, seed=5, progress=False)["x"])
+
+
 def test_the_classifier_is_the_softmax_of_the_logits():
     model = EnergyBased((2,), hidden=(6,), num_labels=3)
     x, y = X[:50].float(), (X[:50, 0] > 0).long() + (X[:50, 1] > 0.3).long()

@@ -787,6 +787,7 @@ class _Trainer:
         finally:
             self.bar.close()
             self._finish()
+            self._show_last()
             for callback in self.callbacks:
                 callback.on_end(self.run)
 
@@ -1052,6 +1053,14 @@ class _Trainer:
             with self.loop.kept(), torch.no_grad():
                 for callback in due:
                     callback.on_state(self.done)
+
+    def _show_last(self) -> None:
+        """Where training stopped before its last step, let callbacks look at what was kept."""
+        if self.stopped and self.done < self.plan.steps:
+            with torch.no_grad():
+                for callback in self.callbacks:
+                    if callback.every and self.done % callback.every:
+                        callback.on_state(self.done)
 
     def _until_save(self) -> int:
         """Steps of a block, or until the next checkpoint."""
