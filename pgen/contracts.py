@@ -371,6 +371,12 @@ class Draws:
     subsampled: bool = False
     no_density: tuple[str, ...] = ()
 
+    @classmethod
+    def of_data(cls, observed: dict[str, Tensor]) -> Draws:
+        """No latents, no density: the observed sites alone, of a model that can do no more than sample."""
+        none = torch.zeros(1, dtype=torch.float64)
+        return cls({}, {}, none, none, None, None, {}, {name: () for name in observed}, observed, False, False)
+
     @property
     def num_samples(self) -> int:
         """The number of draws S."""

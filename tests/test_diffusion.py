@@ -267,6 +267,14 @@ def test_simple_asks_for_a_regression():
         CASES["diffusion_learned"].fit(CASES["diffusion_learned"].model(), objective=pgen.objectives.Simple())
 
 
+def test_replicates_are_draws_and_not_the_data_again():
+    model, x = gaussian(), MEAN.expand(7, 3)
+    found = model.predict(x, 400, seed=2, progress=False)["x"]
+    assert found.shape == (400, 7, 3) and len(found.flatten(0, 1).unique(dim=0)) <= 2000
+    torch.testing.assert_close(found.flatten(0, 1).T.cov(), COVARIANCE, atol=0.25, rtol=0)
+    torch.testing.assert_close(found.mean((0, 1)), MEAN, atol=0.12, rtol=0)
+
+
 class BestVelocity(nn.Module):
     """The velocity of flow matching for standardised Gaussian data."""
 

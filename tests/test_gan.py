@@ -537,3 +537,22 @@ def test_nothing_is_warned_of_in_a_healthy_fit():
 def test_classes_as_context_are_pointed_to_one_hot() -> None:
     with pytest.raises(ValueError, match=r"one_hot\(classes, 3\)"):
         pgen.models.GAN((2,), context_dim=3, hidden=(4,)).fit(torch.randn(20, 2), context=torch.arange(20) % 3, steps=1)
+
+
+def test_replicates_are_given_each_datums_context():
+    class Echo(Shift):
+        def forward(self, z, context):
+            return context + 0 * super().forward(z)
+
+    class Deaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x, context):
+            return x @ self.weight
+
+    context = torch.arange(10, dtype=D).reshape(5, 2)
+    model = game(Echo(2), Deaf(), size=2, context_dim=2)
+    found = model.predict(torch.zeros(5, 2, dtype=D), 3, context=context, progress=False)["x"]
+    assert torch.equal(found, context.expand(3, 5, 2))

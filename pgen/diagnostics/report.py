@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgen.contracts import Batch, Draws, Run, Seed, as_seed, check_choice, check_positive
+from pgen.data.arrays import as_batch
 from pgen.evaluation.units import QUIET_SECONDS
 from pgen.training.progress import Progress
 
@@ -236,6 +237,10 @@ def _gather(
         wanted = num_samples or _default_draws(probe, shown)
         evidence.draws = _attempt(evidence, "draw", lambda: model.draw(data, num_samples=wanted, seed=seed))
         about += [*([f"{wanted} draws"] if probe.values else []), *_data_words(shown, total)]
+    elif not getattr(model, "has_posterior", True):
+        given = as_batch(data)
+        evidence.draws = Draws.of_data({"x": given["x"] if isinstance(given, dict) else given})
+        about += _data_words(*[_num_data(data)] * 2)
     if (
         evidence.draws is not None
         and not evidence.draws.values

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import GenerativeModel, _evaluating
+from ..base import GenerativeModel, _evaluating, fewer_draws
 from ..contracts import Batch, Kind, NotAvailable, Score, Seed, check_choice, check_positive
 from ..data.batches import key
 from ..data.transforms import Transform
@@ -81,6 +81,7 @@ class DenoisingModel(GenerativeModel):
 
     default_batch_size = 128
     default_steps = 5000
+    has_posterior = False
     shift: Tensor
     scale: Tensor
     network: nn.Module
@@ -245,6 +246,17 @@ class DenoisingModel(GenerativeModel):
             yield
         finally:
             self._sampling = before
+
+    def predict(
+        self, data: Any, num_samples: int = 100, seed: Seed = 0, context: Any = None, *, compile: str = "auto",
+        progress: bool = True,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``.
+
+        Without a context there are ``max(2000, 10 N)`` at most, from which more draws are taken with repetition.
+        """
+        options: dict[str, Any] = {"compile": compile, "progress": progress}
+        return self._generated(data, num_samples, seed, context, most=fewer_draws, **options)
 
     draw, posterior, encode, reconstruct, likelihood_regret, bdmc = (
         _unavailable(question) for question in ("draw", "posterior", "encode", "reconstruct", "likelihood_regret", "bdmc")

@@ -76,7 +76,7 @@ class GAN(GenerativeModel):
     """
 
     family = "gan"
-    has_density = False
+    has_density = has_posterior = False
     default_steps = 10_000
 
     def __init__(
@@ -347,9 +347,12 @@ class GAN(GenerativeModel):
         """Not available: there is no posterior."""
         self._refuse("posterior", "pgen.models.VAE has one")
 
-    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not available: there is no posterior predictive."""
-        self._refuse("posterior predictive", "`sample` draws new data; pgen.models.VAE has replicates of given data")
+    def predict(
+        self, data: Any, num_samples: int = 100, seed: Seed = 0, context: Any = None, *, compile: str = "auto",
+        progress: bool = True,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``."""
+        return self._generated(data, num_samples, seed, context, compile=compile, progress=progress)
 
     def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available: there is no encoder."""

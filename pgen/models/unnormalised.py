@@ -10,19 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import GenerativeModel
-from ..contracts import NotAvailable, Score, Seed, as_seed, check_positive
-from ..data.batches import key
+from ..base import GenerativeModel, fewer_draws
+from ..contracts import NotAvailable, Score, Seed, check_positive
 from ..data.transforms import Transform
 from ..evaluation.normalizer import LogNormalizer
-from ..programs import keyed_rng
 
 __all__ = ["UnnormalisedModel"]
 
 KEPT = 256
 """Chains of a fit that a model keeps."""
-FEWEST_CHAINS, CHAINS_A_DATUM = 2000, 10
-"""Of replicates: their means then have a standard deviation of 1.05 times what they would have from chains of their own."""
 
 
 class UnnormalisedModel(GenerativeModel):
@@ -125,18 +121,10 @@ class UnnormalisedModel(GenerativeModel):
     ) -> dict[str, Tensor]:
         """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``.
 
-        Chains are dear: without a context, more than ``max(2000, 10 N)`` draws are taken from as many chains, with repetition.
+        Chains are dear: without a context there are ``max(2000, 10 N)`` at most, and more draws are repetitions of theirs.
         """
-        check_positive("num_samples", num_samples)
-        batch = self._batch("data", data, context)
-        where = batch["context"].repeat(int(num_samples), 1) if "context" in batch else None
-        count = int(num_samples) * len(batch["x"])
-        chains = count if where is not None else min(count, max(FEWEST_CHAINS, CHAINS_A_DATUM * len(batch["x"])))
-        x = self.sample(chains, where, seed=seed, compile=compile, progress=progress)
-        if chains < count:
-            with keyed_rng(key(as_seed(seed), "replicates"), x.device):
-                x = x[torch.randint(chains, (count,), device=x.device)]
-        return {"x": x.reshape(int(num_samples), -1, *self.event_shape)}
+        options: dict[str, Any] = {"compile": compile, "progress": progress}
+        return self._generated(data, num_samples, seed, context, most=fewer_draws, **options)
 
     def _word(self, objective: Any, latent: bool) -> str:
         return str(getattr(objective, "word", "unnormalised log-density"))

@@ -515,3 +515,13 @@ def test_a_model_with_latents_has_no_claims_about_a_density():
     vae = pgen.models.VAE((4,), 2, (4,))
     vae.fit(x, steps=2, progress=False)
     assert not {11, 12} & set(_claims_of(vae, x)[0])
+
+
+def test_a_model_of_samples_alone_is_judged_by_its_replicates():
+    x = 5 + torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
+    model = pgen.models.GAN((2,), 2, (8,))
+    model.fit(x, steps=5, batch_size=20, progress=False)
+    claims, _ = _claims_of(model, x)
+    assert list(claims) == [1, 5, 8, 11, 12]
+    assert claims[8].status == "contradicted" and claims[8].n >= 200  # it has not begun to move to the data
+    assert "has no log_prob" in claims[12].explanation
