@@ -626,6 +626,8 @@ class GenerativeModel(_Questions, PyroModule):
     """What more to say where x holds NaN, which the family does not know."""
     stepwise: ClassVar[bool] = False
     """Whether x is an ``Autoregressive`` site: then it is one step that is captured when sampling, not the whole program."""
+    sequential: ClassVar[bool] = False
+    """Whether the first axis of x is time."""
     columns_of_context: ClassVar[bool] = False
     """Whether the setting ``columns`` goes on to say what each number of the context holds."""
     has_density: ClassVar[bool] = True

@@ -219,7 +219,7 @@ def sample(
     if out is not None:
         _write_rows(out, x, columns, runs.table_of(record), context)
     if png is not None:
-        pgen.plots.save(pgen.plots.sample_grid(x, names=columns), png)
+        pgen.plots.save(pgen.plots.of_samples(fitted, x, columns), png)
     files = [str(path) for path in (png, out) if path is not None]
     result = {"command": "sample", "num": len(x), "shape": list(x.shape), "seed": seed, "given": given or [], "files": files}
     facts = {"samples": f"{len(x)} of shape {tuple(x.shape[1:])}", "given": given, "written": files}

@@ -30,6 +30,7 @@ __all__ = [
     "comparison",
     "density",
     "latent_space",
+    "of_samples",
     "out_of_distribution",
     "plot_bound",
     "plot_game",
@@ -38,9 +39,11 @@ __all__ = [
     "sample_grid",
     "samples_and_neighbours",
     "save",
+    "sequences",
 ]
 
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
+MOST_SEQUENCES = 6
 GUTTER = 0.62  # between images: neither ink nor paper
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#9aa0a6"  # Okabe and Ito (2008): apart for every kind of colour vision
 CATEGORIES = (  # Petroff (2021, arXiv:2107.02270), ten colours chosen with colour-vision deficiency in mind
@@ -213,15 +216,71 @@ def sample_grid(
     """
     array = _array("x", x)
     other = None if reference is None else _array("reference", reference)
-    if other is not None and other.shape[1:] != array.shape[1:]:
-        raise ValueError(
-            f"`reference` should have the event shape of `x`, {array.shape[1:]}, got {other.shape[1:]}; reshape one of them"
-        )
+    if other is not None:
+        _check_same_event(other, array.shape[1:])
     if array.ndim <= 2:
         return _pairs(array.reshape(len(array), -1), other, names, title)
     images = _images("x", array)
     panels = [(images, title)] if other is None else [(_images("reference", other)[: len(images)], "data"), (images, title)]
     return _image_panels(panels, columns, low_high=_range(array))
+
+
+def _check_same_event(reference: np.ndarray, shape: tuple[int, ...]) -> None:
+    if reference.shape[1:] != shape:
+        raise ValueError(
+            f"`reference` should have the event shape of `x`, {shape}, got {reference.shape[1:]}; reshape one of them"
+        )
+
+
+def sequences(x: Any, *, reference: Any = None, names: Sequence[str] | None = None, title: str = "samples") -> Figure:
+    r"""Sequences as lines over time, one below the other; those of ``reference`` in a column beside them.
+
+    Args:
+        x: ``(N, T)``, or ``(N, T, *frame)``; the first six sequences are drawn, and the first four numbers of a frame. Whole
+            numbers are drawn as steps.
+        reference: Data of the same event shape to draw beside, if any.
+        names: A name for each number of a frame.
+        title: What ``x`` is.
+
+    Raises:
+        ValueError: If ``x`` is not that, or ``reference`` has another event shape.
+    """
+    arrays = [(_array("x", x), title)] + ([] if reference is None else [(_array("reference", reference), "data")])
+    shape = arrays[0][0].shape
+    if len(shape) < 2:
+        raise ValueError(f"`x` should be sequences, (N, T) or (N, T, *frame), got shape {shape}")
+    _check_same_event(arrays[-1][0], shape[1:])
+    columns = [(array.reshape(*array.shape[:2], -1)[:MOST_SEQUENCES], label) for array, label in reversed(arrays)]
+    rows, features = max(len(array) for array, _ in columns), columns[-1][0].shape[2]
+    names = _names(names, features)[:4]
+    steps = all(bool((array == np.round(array)).all()) for array, _ in columns)
+    low, high = _limits(np.concatenate([array[..., :4].ravel() for array, _ in columns]))
+    figure, _ = _figure(4.6 * len(columns) + 0.4, 0.8 * rows + 1.0, panels=0)
+    for place, (array, label) in enumerate(columns):
+        for row, lines in enumerate(array[..., :4]):
+            ax = _look(figure.add_subplot(rows, len(columns), row * len(columns) + place + 1))
+            for name, line, colour in zip(names, lines.T, CATEGORIES):
+                ax.plot(line, color=colour, linewidth=0.9, label=name, drawstyle="steps-mid" if steps else "default")
+            ax.set_ylim(low, high)
+            ax.set_xlim(0, max(len(lines) - 1, 1))
+            ax.tick_params(labelbottom=row == len(array) - 1, labelleft=place == 0)
+            if row == 0:
+                ax.set_title(f"{len(array)} {label}", color=INK, fontsize=11, loc="left")
+        ax.set_xlabel("position", color=INK, fontsize=10)
+    if features > 1:
+        handles = figure.axes[0].get_legend_handles_labels()[0]
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def of_samples(model: Any, x: Any, names: Sequence[str] | None = None, **options: Any) -> Figure:
+    """``sequences`` of a family whose first axis is time, ``sample_grid`` of others; ``options`` are those of both.
+
+    Names of positions, such as a table has, are left out of sequences.
+    """
+    if not getattr(model, "sequential", False):
+        return sample_grid(x, names=names, **options)
+    return sequences(x, names=names if names and len(names) == math.prod(x.shape[2:]) else None, **options)
 
 
 class Pictures(Callback):
@@ -262,7 +321,7 @@ class Pictures(Callback):
     def on_state(self, step: int) -> None:
         """One picture."""
         x = self.model.sample(self.num, self.context, seed=self.seed, progress=False)
-        figure = sample_grid(x, reference=self.reference, title=f"samples after {step} steps", names=self.names)
+        figure = of_samples(self.model, x, reference=self.reference, title=f"samples after {step} steps", names=self.names)
         save(figure, self.folder / f"step-{step:06d}.png")
 
 

@@ -783,8 +783,8 @@ def _pictures(subject: Subject, fitted: Run) -> dict[str, Callable[[], Any]]:
         if (score.kind, score.measure) == ("exact", "density"):
             pictures["density.png"] = lambda: plots.density(model, train, names=names)
     return pictures | {
-        "samples.png": lambda: plots.sample_grid(
-            _drawn(model, many, subject.contexts(many), fitted.seed), reference=train[:many], names=names
+        "samples.png": lambda: plots.of_samples(
+            model, _drawn(model, many, subject.contexts(many), fitted.seed), reference=train[:many], names=names
         ),
         "reconstructions.png": lambda: plots.reconstructions(_x(shown), model.reconstruct(shown), names=names),
         "latent.png": lambda: plots.latent_space(

@@ -113,6 +113,31 @@ def test_sample_grid_of_vectors_pairs_the_first_four_features():
     assert "first 4 of 6" in figure.get_suptitle()
 
 
+def test_sequences_are_lines_over_time_beside_the_data():
+    x, data = np.random.default_rng(0).normal(size=(2, 8, 11, 5))
+    figure = plots.sequences(x, reference=data, names=list("abcde"))
+    assert len(figure.axes) == 12 and figure.axes[0].get_title(loc="left") == "6 data"
+    for place, shown in enumerate((data, x)):  # six sequences a column, four of five numbers
+        axes = figure.axes[6 * place : 6 * place + 6]
+        found = np.array([[line.get_ydata() for line in ax.lines] for ax in axes])
+        np.testing.assert_array_equal(found, shown[:6, :, :4].transpose(0, 2, 1))
+        assert len({ax.get_ylim() for ax in axes}) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list("abcd")
+    whole = plots.sequences(np.arange(12).reshape(3, 4)).axes
+    assert len(whole) == 3 and whole[0].lines[0].get_drawstyle() == "steps-mid"
+    with pytest.raises(ValueError, match=r"`reference` should have the event shape of `x`, \(11, 5\), got \(11, 4\)"):
+        plots.sequences(x, reference=data[..., :4])
+    with pytest.raises(ValueError, match=r"`x` should be sequences, \(N, T\) or \(N, T, \*frame\), got shape \(3,\)"):
+        plots.sequences(np.zeros(3))
+
+
+def test_families_whose_first_axis_is_time_are_drawn_as_lines():
+    x, names = torch.randn(5, 7), [f"t{i}" for i in range(7)]
+    lines = plots.of_samples(pgen.models.WaveNet((7,), "gaussian"), x, names)
+    assert len(lines.axes) == 5 and len(lines.axes[0].lines[0].get_ydata()) == 7
+    assert len(plots.of_samples(pgen.models.Gaussian((7,)), x, names).axes) == 10  # four features, in pairs
+
+
 def test_sample_grid_of_scalars_is_a_histogram_of_unit_area():
     ax = plots.sample_grid(np.random.default_rng(0).normal(size=500)).axes[0]
     outline = ax.patches[0].get_xy()

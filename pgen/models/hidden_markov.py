@@ -88,6 +88,7 @@ class HiddenMarkov(GenerativeModel):
 
     family = "hidden_markov"
     also = ("lengths",)
+    sequential = True
     nan_advice = OF_PADDING
     default_batch_size = 64
     default_steps = 600

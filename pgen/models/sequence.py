@@ -54,6 +54,7 @@ class SequenceModel(GenerativeModel):
     """
 
     also = ("lengths", "local")
+    sequential = True
     nan_advice = OF_PADDING
     stepwise = True
     default_batch_size = 32
