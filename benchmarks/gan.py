@@ -229,7 +229,7 @@ def mode_table(part, found):
         "numbers, batches of 128, Adam (.5, .999) falling linearly to zero; 2 500 samples; mean ± sd over seeds. The target",
         f"itself has 98.9 % good samples and a reverse KL of {(count - 1) / 5000:.4f}. *plain*: non-saturating, Adam 5e-4.",
         "*pack of 4*: the same with 128 packs a batch. *R1*: R1 falling from .1 to .001, Adam 1e-3, parameters averaged",
-        "(.999); chosen among five recipes on the grid by shorter runs of seed 0. Seeds that are not listed have not been run yet.",
+        "(.999); chosen among five recipes on the grid by shorter runs of seed 0. Each row says how many seeds.",
         "",
         f"| variant | steps | seeds | modes of {count} | in every seed | good % | reverse KL | CPU s a seed | ms a step |",
         "|---|---|---|---|---|---|---|---|---|",
