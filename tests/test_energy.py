@@ -472,7 +472,7 @@ def test_slips_are_named(tmp_path):
         EnergyBased((2,), "conv")
     with pytest.raises(ValueError, match=r"`hidden` should be positive sizes, .*, got \(8, -1\)"):
         EnergyBased((2,), hidden=(8, -1))
-    with pytest.raises(ValueError, match="`hidden` should be positive sizes"):
+    with pytest.raises(ValueError, match="`hidden` should be one or more positive sizes"):
         EnergyBased((8, 8), "conv", hidden=())
     with pytest.raises(ValueError, match="start='chains' is not possible: the last fit kept no chains"):
         EnergyBased((2,)).sample(3, start="chains")

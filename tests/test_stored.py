@@ -88,7 +88,7 @@ def hostile(folder):
         "archive.npy.npz": "not one array",
         "cut.npy": "damaged",
         "claim.npy": "damaged",
-        "text.npy": "never loaded",
+        "text.npy": r"no .npy file \(it does not begin as one\)",
     }
 
 
