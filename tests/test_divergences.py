@@ -103,9 +103,9 @@ def test_what_cannot_be_compared_says_so():
     with pytest.raises(TypeError, match="`q` should be a fitted model"):
         kl(Normal(0.0, 1.0), 3.0)
     with pytest.raises(ValueError, match=r"^`q` cannot score the draws, of event shape \(\): .* \(Boolean\(\)\) .*0.5\)$"):
-        kl(Normal(0.0, 1.0), torch.distributions.Bernoulli(0.5), 10)
+        kl(Normal(0.0, 1.0), torch.distributions.Bernoulli(0.5, validate_args=True), 10)
     with pytest.raises(ValueError, match=r"^`p` cannot score the draws"):  # draws of q, which p scores
-        jensen_shannon(torch.distributions.Bernoulli(0.5), Normal(0.0, 1.0), 10)
+        jensen_shannon(torch.distributions.Bernoulli(0.5, validate_args=True), Normal(0.0, 1.0), 10)
     with pytest.raises(ValueError, match="`n` should be a positive integer"):
         jensen_shannon(Normal(0.0, 1.0), Normal(0.0, 1.0), 0)
 
