@@ -81,12 +81,12 @@ class NoiseContrastive:
             raise ValueError(f"`noise` has event shape {tuple(noise.event_shape)}, the data {tuple(x.shape[1:])}")
         if noise.preprocess is not None:
             raise ValueError("`noise` should have no preprocessing of its own: it sees the data as the model does")
-        if not noise.primed:
-            noise.fit(x, progress=False)
         if not getattr(noise, "has_density", True):
             raise ValueError(
                 f"`noise` should have an exact density, and {type(noise).__name__} has none; use pgen.models.Gaussian"
             )
+        if not noise.primed:
+            noise.fit(x, progress=False)
         drawn = run_program(noise.guide, {"x": x[:1]})
         if drawn:
             raise ValueError(f"`noise` should have an exact density, and this one draws latents ({next(iter(drawn))!r})")
