@@ -156,7 +156,7 @@ _REALS = _draws(lambda: torch.randn(ROWS, *EVENT) * 2 + 3)
 _CONTEXT = _draws(lambda: torch.randn(ROWS, CONTEXT))
 _IMAGES = _draws(lambda: torch.randn(ROWS, 1, 2, 4) * 2 + 3)
 _NO_LATENTS = ("encode", "reconstruct", "posterior")
-_NO_LIKELIHOOD = ("log_prob", "draw", "posterior", "predict", "encode", "reconstruct")
+_NO_LIKELIHOOD = ("log_prob", "draw", "posterior", "encode", "reconstruct")
 _NO_DENSITY = ("log_prob", "sample", "draw", "posterior", "predict")
 
 
