@@ -50,12 +50,14 @@ __all__ = [
     "innermost",
     "isolated",
     "keyed_rng",
+    "lists_sites",
     "localize",
     "measure_of",
     "python_state",
     "rows_at",
     "run_distributions",
     "run_latents",
+    "run_laws",
     "run_model",
     "run_pair",
     "run_program",
@@ -148,15 +150,18 @@ class _Homecoming(Messenger):
 @contextlib.contextmanager
 def isolated(home: ParameterHome | None = None, *, validate: bool = False) -> Iterator[None]:
     """Run Pyro statements with module-local parameters, an empty store and a chosen validation flag; then restore all."""
-    flag = torch.distributions.Distribution._validate_args  # type: ignore[attr-defined]
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.distributions.Distribution.set_default_validate_args, bool(flag))
-        stack.enter_context(pyro.settings.context(module_local_params=True))
-        stack.enter_context(pyro.get_param_store().scope())
-        stack.enter_context(pyro.validation_enabled(validate))
-        if home is not None:
-            stack.enter_context(_Homecoming(home))
-        yield
+    flag = bool(torch.distributions.Distribution._validate_args)  # type: ignore[attr-defined]
+    shared = not pyro.settings.get("module_local_params")
+    try:
+        if shared:
+            pyro.settings.set(module_local_params=True)
+        with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
+            with contextlib.nullcontext() if home is None else _Homecoming(home):
+                yield
+    finally:
+        if shared:
+            pyro.settings.set(module_local_params=False)
+        torch.distributions.Distribution.set_default_validate_args(flag)
 
 
 def localize(module: nn.Module) -> None:
@@ -571,9 +576,38 @@ def _constant(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
 
 
+Sites = Iterator[tuple[str, Any, Tensor]]
+"""Name, distribution and value of each site of a program that lists them."""
+
+
+def lists_sites(program: Callable[..., Sites]) -> Callable[..., Sites]:
+    """Mark a program that yields its sites ``(name, distribution, value)`` in place of Pyro's statements.
+
+    All are observed, and each in the data plate with one axis, the batch's. Whoever runs programs takes either kind; this one
+    does without Pyro's handlers, which cost more than the arithmetic of a small model.
+    """
+    program.lists_sites = True  # type: ignore[attr-defined]
+    return program
+
+
 def run_program(program: Callable[..., Any], batch: Batch, *, double: bool = False) -> dict[str, Term]:
-    """Run one program and describe its sites; inside ``isolated``."""
-    return _terms(_trace(program, batch), double)
+    """Run one program and describe its sites; inside ``isolated``, but for one that lists them."""
+    if not getattr(program, "lists_sites", False):
+        return _terms(_trace(program, batch), double)
+    return {name: _listed(name, fn, value, double) for name, fn, value in call(program, batch)}
+
+
+def _listed(name: str, fn: Any, value: Tensor, double: bool) -> Term:
+    log_prob = fn.log_prob(value)
+    plates = ((DATA_PLATE, -1),)
+    return Term(name, value, fn, log_prob.double() if double else log_prob, 1.0, plates, observed=True, auxiliary=False)
+
+
+def run_laws(program: Callable[..., Any], batch: Batch) -> dict[str, tuple[Any, Any]]:
+    """Run one program and take the distribution and the value of each site, without densities; inside ``isolated``."""
+    if getattr(program, "lists_sites", False):
+        return {name: (fn, value) for name, fn, value in call(program, batch)}
+    return {name: (site["fn"], site["value"]) for name, site in _sites(_trace(program, batch))}
 
 
 def run_values(program: Callable[..., Any], batch: Batch) -> dict[str, Any]:

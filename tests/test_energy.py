@@ -1,5 +1,6 @@
 """Energy-based models and their objectives, where the answer is known."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import pgen
 from pgen.data import Standardize
+from pgen.distributions.energy import Unnormalised
 from pgen.evaluation.normalizer import LogNormalizer, settled
 from pgen.evaluation.tempering import _in_neighbourhoods, _resampled
 from pgen.models import EnergyBased, Gaussian
@@ -21,6 +23,7 @@ from pgen.objectives import (
     PersistentContrastiveDivergence,
     SlicedScoreMatching,
 )
+from pgen.programs import run_laws, run_program
 from pgen.samplers.mcmc import exchange, gibbs, hmc, langevin, start, with_gradient
 from pgen.training import Adam
 from pgen.training.fit import NonFinite
@@ -545,3 +548,65 @@ def test_waves_of_standardised_data_stand_beside_them(tmp_path):
     for settings in ({"octaves": -1}, {"octaves": 17}, {"octaves": 2, "energy": "conv"}):
         with pytest.raises(ValueError, match=r"`octaves` should be a number up to 16, with energy='dense', got"):
             EnergyBased((8, 8), **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs that list their sites
+
+
+def listed():
+    """A classifier with its data, whose program has two sites."""
+    model = EnergyBased((2,), hidden=(8,), num_labels=3)
+    return model, {"x": seeded(lambda: torch.randn(20, 2)), "labels": torch.arange(20) % 3}
+
+
+def test_listed_sites_are_those_of_the_pyro_program():
+    model, batch = listed()
+    traced, without = run_program(model.model, batch), run_program(model.sites, batch)
+    assert list(traced) == list(without) == ["x", "labels"]
+    for name, term in traced.items():
+        torch.testing.assert_close(without[name].log_prob, term.log_prob)
+        assert (without[name].plates, without[name].observed, without[name].local) == (term.plates, True, True)
+        assert without[name].value is batch[name]
+    assert run_program(model.sites, batch, double=True)["x"].log_prob.dtype == torch.float64
+    laws = run_laws(model.sites, batch)
+    assert [type(law) for law, _ in laws.values()] == [type(law) for law, _ in run_laws(model.model, batch).values()]
+
+
+@pytest.mark.parametrize("objective", [SlicedScoreMatching(), ContrastiveDivergence(1), NoiseContrastive(Gaussian((2,)))])
+def test_handlers_make_no_difference_to_a_loss(objective, monkeypatch):
+    model, batch = listed()
+    model.prime(batch)
+    begun = objective.begin(model.model, model.guide, batch)
+    found = []
+    for own in (False, True):  # networks of one's own run inside Pyro's handlers
+        monkeypatch.setattr(model, "own", own)
+        torch.manual_seed(0)
+        found.append(model.loss(copy.deepcopy(begun), batch, {"num_data": 20.0})[0])
+    torch.testing.assert_close(*found)
+
+
+def test_a_model_that_is_written_anew_is_the_one_that_is_trained():
+    class Shifted(EnergyBased):
+        def model(self, x=None, context=None, labels=None):
+            with self.plate(x, context):
+                seen.append(len(x))
+                return pyro.sample("x", Unnormalised(lambda at: self._energy(at - 5.0), (2,)), obs=x)
+
+    seen = []
+    Shifted((2,), hidden=(8,)).fit(X.float(), steps=3, objective=DenoisingScoreMatching(), compile="eager", progress=False)
+    assert len(seen) >= 3
+
+
+def test_statements_in_a_network_of_ones_own_are_seen():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centre = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return pyro.param("factor", torch.tensor(0.5)) * (x - self.centre).square().sum(1)
+
+    model = EnergyBased((2,), energy=Scaled(), confine=False)
+    model.fit(X.float(), steps=60, objective=SlicedScoreMatching(), optimizer=0.05, progress=False)
+    assert float(dict(model.home.named_parameters())["factor"].detach()) == pytest.approx(0.5 / VARIANCE, rel=0.2)

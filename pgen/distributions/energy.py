@@ -59,7 +59,9 @@ class Unnormalised(dist.TorchDistribution):
         flat = self.energy(value.reshape(-1, *self.event_shape))
         shape = value.shape[: value.dim() - len(self.event_shape)]
         rows = -flat.reshape(shape)
-        return rows if shape == self.batch_shape else rows.expand(torch.broadcast_shapes(shape, self.batch_shape))
+        if not self.batch_shape or shape == self.batch_shape:
+            return rows
+        return rows.expand(torch.broadcast_shapes(shape, self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """There are no draws of it without a Markov chain."""

@@ -19,7 +19,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -34,7 +33,7 @@ from ..evaluation.annealing import schedule
 from ..evaluation.normalizer import LogNormalizer
 from ..evaluation.units import QUIET_SECONDS
 from ..objectives import PersistentContrastiveDivergence
-from ..programs import keyed_rng
+from ..programs import Sites, keyed_rng, lists_sites
 from ..training import Adam, Training
 from ..training.progress import Progress
 from .unnormalised import UnnormalisedModel
@@ -143,10 +142,10 @@ class RBM(UnnormalisedModel):
 
     # -- the law ------------------------------------------------------------------------------------------------------
 
-    def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    @lists_sites
+    def sites(self, x: Any, context: Tensor | None = None) -> Sites:
         """p(v), up to its normaliser."""
-        with self.plate(x, context):
-            return pyro.sample("x", self.distribution(), obs=x)
+        yield "x", self.distribution(), x
 
     def distribution(self) -> BoltzmannLaw:
         """The law of x."""
@@ -321,7 +320,7 @@ class BoltzmannLaw(Unnormalised):
 
     def hidden(self, v: Tensor) -> Tensor:
         """Log-odds of the hidden units, ``(B, H)``."""
-        return self.hidden_bias + v @ self.weight
+        return torch.addmm(self.hidden_bias, v, self.weight)
 
     def _field(self, v: Tensor, bias: Tensor) -> Tensor:
         """The visible units' own part of the log-density."""
@@ -337,9 +336,9 @@ class BoltzmannLaw(Unnormalised):
 
     def _sweep(self, v: Tensor, bias: Tensor, beta: float) -> Tensor:
         """A sweep at a temperature, the visible biases given."""
-        odds = beta * self.hidden(v)
+        odds = torch.addmm(self.hidden_bias, v, self.weight, beta=beta, alpha=beta)
         h = (torch.rand_like(odds) < odds.sigmoid()).to(v.dtype)
-        mean = bias + beta * (h @ self.weight.T)
+        mean = torch.addmm(bias, h, self.weight.T, alpha=beta)
         return mean + torch.randn_like(mean) if self.real else (torch.rand_like(mean) < mean.sigmoid()).to(v.dtype)
 
     # -- sums over all states -----------------------------------------------------------------------------------------

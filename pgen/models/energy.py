@@ -21,7 +21,6 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, cast
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from ..evaluation.normalizer import LogNormalizer, annealed_normalizer, settled
 from ..evaluation.tempering import Tempering, move_on, tempered
 from ..nn import ACTIVATIONS, MLP, waves
 from ..objectives import PersistentContrastiveDivergence
-from ..programs import isolated
+from ..programs import Sites, isolated, lists_sites
 from ..training import Adam, Training
 from .unnormalised import UnnormalisedModel
 
@@ -113,6 +112,7 @@ class EnergyBased(UnnormalisedModel):
         self.network_name = energy if isinstance(energy, str) else ""
         with self.initial_weights(seed):
             self.network = self._network(energy) if isinstance(energy, str) else energy
+        self.own = not self.network_name
 
     data_loc: Tensor
     data_scale: Tensor
@@ -185,16 +185,12 @@ class EnergyBased(UnnormalisedModel):
 
     # -- the energy ---------------------------------------------------------------------------------------------------
 
-    def model(self, x: Tensor | None = None, context: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    @lists_sites
+    def sites(self, x: Any, context: Tensor | None = None, labels: Tensor | None = None) -> Sites:
         """p(x | c) up to its normaliser, and p(y | x)."""
-        with self.plate(x, context):
-            x = pyro.sample("x", Unnormalised(lambda at: self._energy(at, context), self.event_shape), obs=x)
-            if labels is not None:
-                pyro.sample("labels", dist.Categorical(logits=self._outputs(x, context)), obs=labels)
-            return x
-
-    def guide(self, x: Tensor | None = None, context: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """No latents."""
+        yield "x", Unnormalised(lambda at: self._energy(at, context), self.event_shape), x
+        if labels is not None:
+            yield "labels", dist.Categorical(logits=self._outputs(x, context)), labels
 
     def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
         """What the network gives: ``(N, 1)`` energies or ``(N, K)`` logits."""

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
 from ..base import GenerativeModel, fewer_draws
-from ..contracts import NotAvailable, Score, Seed, check_positive
+from ..contracts import Batch, NotAvailable, Score, Seed, check_positive
 from ..data.transforms import Transform
 from ..evaluation.normalizer import LogNormalizer
+from ..programs import Sites, isolated
 
 __all__ = ["UnnormalisedModel"]
 
@@ -22,7 +24,7 @@ KEPT = 256
 
 
 class UnnormalisedModel(GenerativeModel):
-    """A family whose model program has one observed site with minus an energy as its log-density.
+    """A family whose ``sites`` are those of its model program: ``x`` with minus an energy as its log-density first.
 
     Args:
         event_shape: Shape of one datum.
@@ -35,6 +37,8 @@ class UnnormalisedModel(GenerativeModel):
     loc: Tensor
     scale: Tensor
     log_z: Tensor
+    own = False
+    """Whether a network of the user's own has a part in it."""
 
     def __init__(self, event_shape: Sequence[int], *, preprocess: Transform | None = None, context_dim: int = 0) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
@@ -47,6 +51,28 @@ class UnnormalisedModel(GenerativeModel):
     def _fitted_to(self, data: Any) -> None:
         """Forget the normaliser of the parameters before."""
         self.log_z.fill_(math.inf)
+
+    # -- programs -----------------------------------------------------------------------------------------------------
+
+    def sites(self, x: Any, context: Tensor | None = None, **also: Tensor | None) -> Sites:
+        """Name, law and value of what the model observes; to be marked by ``lists_sites``."""
+        raise NotImplementedError
+
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, **also: Tensor | None) -> Tensor:
+        """The sites as a Pyro program."""
+        with self.plate(x, context):
+            found = [pyro.sample(name, law, obs=value) for name, law, value in self.sites(x, context, **also)]
+        return found[0]
+
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None, **also: Tensor | None) -> None:
+        """No latents."""
+
+    def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch, without Pyro's handlers where ``model`` is the sites and no network has its own."""
+        if self.own or objective.kind != "unnormalised" or type(self).model is not UnnormalisedModel.model:
+            return super().loss(objective, batch, scalars)
+        with isolated():
+            return objective(self.sites, self.guide, self.prepare(batch), scalars)
 
     # -- chains -------------------------------------------------------------------------------------------------------
 

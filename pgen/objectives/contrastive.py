@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
 from ..samplers.mcmc import Info, State, exchange, gibbs, hmc, langevin, start, with_gradient
-from .density import both_densities, check_without_latents, log_density, observing, parts
+from .density import both_densities, check_without_latents, law, log_density, parts
 from .elbo import Scalars
 
 __all__ = ["Chains", "ContrastiveDivergence", "PersistentContrastiveDivergence"]
@@ -139,7 +139,7 @@ class ContrastiveDivergence:
         """The same with chains for these data."""
         check_without_latents(self, model, batch)
         x, given, _ = parts(batch)
-        fn = observing(model, batch)[0].fn
+        fn = law(model, batch)
         discrete = _discrete(fn)
         if discrete != (self.sampler == "gibbs") and not (self.sampler == "gibbs" and hasattr(fn, "gibbs")):
             what = "discrete data have no gradient: use 'gibbs'" if discrete else "real data need a gradient: use 'langevin'"
@@ -168,7 +168,7 @@ class ContrastiveDivergence:
         """Each datum's log-density: exact, or how far it lies above the mean over the chains."""
         found = log_density(model, batch)
         if self.exact:
-            return found - observing(model, batch)[0].fn.log_normalizer(), found.new_zeros(())
+            return found - law(model, batch).log_normalizer(), found.new_zeros(())
         return found - log_density(model, self._kept(model, batch)).mean(), found.new_zeros(())
 
     def explain(self, metrics: dict[str, float]) -> str:
@@ -239,7 +239,7 @@ class ContrastiveDivergence:
     def _swept(
         self, model: Program, x: Tensor, given: Sequence[Tensor], closed: Callable[[Tensor, Sequence[Tensor]], Batch]
     ) -> Tensor:
-        fn = observing(model, closed(x, given))[0].fn
+        fn = law(model, closed(x, given))
         if hasattr(fn, "gibbs"):
             for _ in range(self.steps):
                 x = fn.gibbs(x)

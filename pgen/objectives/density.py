@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..contracts import Batch
-from ..programs import Term, innermost, run_program
+from ..programs import Term, innermost, run_laws, run_program
 from .elbo import scaled
 
-__all__ = ["both_densities", "check_without_latents", "conditionals", "log_density", "observing", "parts", "score"]
+__all__ = ["both_densities", "check_without_latents", "conditionals", "law", "log_density", "observing", "parts", "score"]
 
 Program = Callable[..., Any]
 
 
 def parts(batch: Batch) -> tuple[Tensor, list[Tensor], Callable[[Tensor, Sequence[Tensor]], Batch]]:
     """The data x of a batch (``"x"`` of a dict that has one, else the first tensor), its other tensors, and the way back."""
+    if isinstance(batch, dict) and all(value is None or isinstance(value, Tensor) for value in batch.values()):
+        return _named_parts(batch)
     leaves, spec = tree_flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     first = list(batch).index("x") if isinstance(batch, dict) and "x" in batch else places[0]
@@ -35,14 +37,36 @@ def parts(batch: Batch) -> tuple[Tensor, list[Tensor], Callable[[Tensor, Sequenc
     return leaves[first], [leaves[i] for i in others], closed
 
 
+def _named_parts(batch: dict[str, Any]) -> tuple[Tensor, list[Tensor], Callable[[Tensor, Sequence[Tensor]], Batch]]:
+    """The same for a dict of tensors, at less cost."""
+    names = [name for name, value in batch.items() if value is not None and value.dim() > 0]
+    first = "x" if "x" in batch else names[0]
+    others = [name for name in names if name != first]
+
+    def closed(x: Tensor, given: Sequence[Tensor]) -> Batch:
+        return {**batch, first: x, **dict(zip(others, given))}
+
+    return batch[first], [batch[name] for name in others], closed
+
+
 def _terms(model: Program, batch: Batch) -> tuple[list[Term], list[Term]]:
     """The terms whose density needs a normaliser, and the others."""
     x, *_ = parts(batch)
     terms = list(run_program(model, batch).values())
     if not any(term.value is x for term in terms):
         return terms, []
-    own = [term for term in terms if term.value is x or isinstance(innermost(term.fn), Unit)]
-    return own, [term for term in terms if not any(term is one for one in own)]
+    own: list[Term] = []
+    others: list[Term] = []
+    for term in terms:
+        (own if term.value is x or isinstance(innermost(term.fn), Unit) else others).append(term)
+    return own, others
+
+
+def law(model: Program, batch: Batch) -> Any:
+    """The distribution of the site that observes x, else of the first one."""
+    x, *_ = parts(batch)
+    found = list(run_laws(model, batch).values())
+    return next((fn for fn, value in found if value is x), found[0][0])
 
 
 def observing(model: Program, batch: Batch) -> list[Term]:

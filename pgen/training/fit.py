@@ -403,6 +403,8 @@ class _Loop:
 
     def _autocast(self) -> Any:
         enabled = self.training.precision == "bfloat16"
+        if not enabled and not torch.is_autocast_enabled(self.device.type):
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def index(self, step: int) -> Tensor | None:
@@ -1071,12 +1073,12 @@ class _Trainer:
     def _run(self, count: int) -> tuple[int, list[list[Tensor]]]:
         """Up to ``count`` steps, fewer where a signal comes: how many, and their outputs."""
         loop, done = self.loop, self.done
-        table = loop.scalars(done, count)
+        table, keys = loop.scalars(done, count), step_keys(loop.noise_key, done, count)
         columns: list[list[Tensor]] = []
         i = 0
         while i < count and not (i and self.interruption.received):
             most = count - i if self.monitor is None else min(count - i, self.monitor.until_iterate(done + i))
-            taken, out = self._call(done + i, most, table[i:])
+            taken, out = self._call(done + i, most, table[i:], keys[i])
             columns = columns or [[] for _ in out]
             for column, value in zip(columns, out):
                 column.append(value)
@@ -1085,7 +1087,7 @@ class _Trainer:
                 self.monitor.observe(done + i)
         return i, columns
 
-    def _call(self, step: int, limit: int, table: Tensor) -> tuple[int, list[Tensor]]:
+    def _call(self, step: int, limit: int, table: Tensor, noise_key: int) -> tuple[int, list[Tensor]]:
         """One call of the tier at hand: the steps it took, and its outputs ``(steps,)``."""
         loop = self.loop
         several = None if self.compilation is None else self.compilation.run(step, limit, table)
@@ -1094,7 +1096,7 @@ class _Trainer:
         index = loop.index(step)
         loop.load(step, 1)
         runner = loop.runner(index, step)
-        seed_generators(step_keys(loop.noise_key, step, 1)[0], loop.device)
+        seed_generators(noise_key, loop.device)
         return 1, [o.reshape(1) for o in runner(index, table[0])]
 
     def _record(self, count: int, host: np.ndarray, seconds: float) -> None:

@@ -170,7 +170,9 @@ class Step:
         for turn, (i, *_) in enumerate(self.turns):
             before = [b.clone() for b in self._changing]
             results.append(self._apply(self.players[i], run(turn, scheduled), scalars[turn]))
-            self._restore(before, results[-1][2])
+            skip = results[-1][2]
+            if before and (skip.device.type != "cpu" or bool(skip)):  # on a GPU to ask would be to wait
+                self._restore(before, skip)
         summary = self._summary(results)
         if self.ema:
             ahead = torch._foreach_sub(self.values, self.ema)
