@@ -231,6 +231,22 @@ def test_a_pack_is_judged_as_one():
     assert images.critic.features[0].shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(("pack", "context_dim", "one"), [(1, 0, True), (2, 3, True), (3, 0, False)])
+def test_data_and_draws_are_judged_in_one_pass_as_in_two(pack, context_dim, one):
+    model = GAN((2,), 2, (8,), pack=pack, context_dim=context_dim)
+    batch = {"x": torch.randn(10, 2), **({"context": torch.randn(10, context_dim)} if context_dim else {})}
+    calls = []
+    model.critic.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for whole in (GAN.whole_packs, lambda self, count: False):
+        model.whole_packs = whole.__get__(model)
+        torch.manual_seed(0)
+        loss, metrics = Adversarial().players["critic"](model.made, model.guide, batch, {})
+        found.append(torch.stack([loss, *metrics.values()]))
+    assert len(calls) == (3 if one else 4)  # ten data are no whole number of packs of three
+    torch.testing.assert_close(*found)
+
+
 def test_spectral_normalisation_divides_by_the_largest_singular_value():
     weight = torch.randn(5, 3, 2, 2, dtype=D, generator=torch.Generator().manual_seed(3))
     norm = SpectralNorm(weight.float(), warm_up=0).double()

@@ -166,6 +166,10 @@ class GAN(GenerativeModel):
         x, *contexts = (self._packed(t) for t in (x, *self._given(context)))
         return self.critic(x, *contexts).reshape(-1)
 
+    def whole_packs(self, count: int) -> bool:
+        """Whether as many data are packs that the critic judges each by itself, so that others may stand in the same batch."""
+        return not self.own and not self.spectral_norm and count % self.pack == 0
+
     def _given(self, context: Tensor | None) -> list[Tensor]:
         return [] if context is None else [context]
 

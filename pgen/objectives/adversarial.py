@@ -189,7 +189,7 @@ class CriticsMove:
             y = model(**batch)
         if game.r1:
             x = x.detach().requires_grad_()
-        real, fake = guide(**{**batch, "x": x}), guide(**{**batch, "x": y})
+        real, fake = _judged(guide, batch, x, y)
         if not isinstance(real, Tensor):
             kind = type(real).__name__
             raise TypeError(
@@ -222,6 +222,16 @@ class GeneratorsMove:
         """The loss."""
         assert isinstance(batch, dict)
         return LOSSES[self.game.loss].generator(guide(**{**batch, "x": model(**batch)})).mean(), {}
+
+
+def _judged(guide: Callable[..., Any], batch: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the critic says of data and of draws, in one pass where that is allowed and x needs no gradient."""
+    whole = getattr(getattr(guide, "__self__", None), "whole_packs", lambda count: False)
+    if x.requires_grad or not whole(len(x)):
+        return guide(**{**batch, "x": x}), guide(**{**batch, "x": y})
+    twice = {name: torch.cat([t, t]) for name, t in batch.items() if name != "x" and isinstance(t, Tensor)}
+    real, fake = guide(**twice, x=torch.cat([x, y])).chunk(2)
+    return real, fake
 
 
 def gradient_penalty(guide: Callable[..., Any], batch: dict[str, Tensor], y: Tensor, packs: int) -> Tensor:
