@@ -226,6 +226,8 @@ def test_infilling_draws_from_the_conditional():
     spread = (COVARIANCE[2, 2] - gain @ COVARIANCE[:2, 2]).sqrt()
     assert float(drawn[:, 2].mean()) == pytest.approx(float(loc), abs=0.08)
     assert float(drawn[:, 2].std()) == pytest.approx(float(spread), abs=0.08)
+    once, often = (abs(float(gaussian().infill(x, steps=60, repeats=r)[:, 2].mean() - loc)) for r in (1, 12))
+    assert often < 0.05 < 0.08 < once  # what repeats are for
 
 
 def test_guidance_of_one_is_the_model_itself():
