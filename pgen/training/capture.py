@@ -316,8 +316,11 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> TensorFunc
     """Compile a captured graph with inductor; its noise is the eager generator's, and results are cached between processes."""
     from torch._inductor import config, standalone_compile
 
+    options = {"fallback_random": True, "compile_threads": 1, "cpp.use_decompose_tanh": True}
+    if any(node.target is torch.ops.aten.native_group_norm.default for node in graph.graph.nodes):
+        options["layout_optimization"] = False  # groups lie together where channels come first: 47 ms for 53 to 56 in a U-Net
     try:
-        with config.patch({"fallback_random": True, "compile_threads": 1, "cpp.use_decompose_tanh": True}), torch.no_grad():
+        with config.patch(options), torch.no_grad():
             return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
     except Exception as error:  # whatever a compiler may raise becomes one line, and the graph tier goes on
         raise CompileFailed(f"compilation failed, {_reason(error)}") from error
