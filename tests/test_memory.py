@@ -1,6 +1,11 @@
 """Memory is flat: a step leaves nothing behind but its row of the history."""
 
+import ctypes
 import gc
+import platform
+import resource
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import torch
 
 import pgen
 from pgen.models import VAE
+from pgen.training.heap import _library, heap_kept
 
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(2))
 PAGE = 4096
@@ -49,3 +55,48 @@ def test_two_thousand_steps_leave_nothing_behind(tier):
 def test_the_history_costs_a_few_numbers_a_step():
     run = VAE((3,), 2, (5,), likelihood="gaussian").fit(X, steps=50, batch_size=20, progress=False)
     assert sum(column.nbytes for column in run.history.values()) / 50 <= 100
+
+
+class Faults(pgen.training.Callback):
+    """Pages that the system had to hand out, and whole processes' bytes, at each look."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, step, metrics):
+        self.seen.append((step, resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+
+    def a_step(self):
+        pairs = list(zip(self.seen, self.seen[1:]))[len(self.seen) // 2 :]
+        return sorted((after[1] - before[1]) / (after[0] - before[0]) for before, after in pairs)[len(pairs) // 2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap can be told")
+@pytest.mark.parametrize("tier", ["eager", "graph"])
+def test_steps_get_their_memory_back_without_the_system(tier):
+    found = []
+    for kept in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not kept:
+                patch.setattr(sys.modules["pgen.training.fit"], "heap_kept", given_back)
+            watch = Faults()
+            model = VAE((300,), 8, (700, 700), likelihood="gaussian")
+            x = torch.randn(64, 300, generator=torch.Generator().manual_seed(3))
+            model.fit(x, steps=40, batch_size=64, compile=tier, progress=False, callbacks=[watch])
+            found.append(watch.a_step())
+    assert found[0] < 0.2 * found[1] and found[1] > 200
+
+
+@contextmanager
+def given_back(device):
+    """The library's first threshold."""
+    with heap_kept(device):
+        ctypes.CDLL(None).mallopt(-1, 128 * 1024)
+        yield
+
+
+def test_other_systems_keep_their_heap_as_it_is(monkeypatch):
+    monkeypatch.setattr("pgen.training.heap.sys.platform", "darwin")
+    assert _library.__wrapped__() is None
+    with heap_kept(torch.device("cuda")):  # no graphics processor is asked for
+        pass

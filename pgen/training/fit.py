@@ -30,6 +30,7 @@ from .callbacks import Callback
 from .capture import BackgroundCompile, CaptureRefused, CompileFailed, compile_graph
 from .checkpoint import ANY, Checkpoint, check_same, pack, unpack
 from .converge import EVALUATIONS, Average, Converge
+from .heap import heap_kept
 from .interruption import Interruption, Stop
 from .kernels import by_rule
 from .optim import External, from_torch, internal
@@ -732,7 +733,12 @@ def fit(
     )
     run.num_data, run.seed = num_data, seed
     trainer = _Trainer(loop, plan, validation, callbacks, progress, checkpoint, run)
-    with keyed_rng(key(seed, "fit"), loop.device), by_rule(training.deterministic), trainer.interruption:
+    with (
+        keyed_rng(key(seed, "fit"), loop.device),
+        by_rule(training.deterministic),
+        heap_kept(loop.device),
+        trainer.interruption,
+    ):
         try:
             trainer.train()
         finally:

@@ -1,0 +1,52 @@
+"""Freed memory that stays with the process while a fit needs as much again in its next step.
+
+The C library gives the top of its heap back to the system as soon as more than a threshold of it is free, at first 128 KiB, and
+later twice the largest block. A step frees its activations and gradients; in the next one the system hands the same pages out
+anew, zeroed, one fault each: 500 to 1900 faults a step in a denoiser of 2.5 million parameters and a small U-Net, 5 to 30 % of
+the time. Preloading another allocator is the usual cure; here the threshold is lifted for the length of a fit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["heap_kept"]
+
+_TRIM, _MAPPED = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_NEVER, _ADAPTED, _LARGEST = 2**31 - 1, 64 * 2**20, 32 * 2**20
+"""No trimming; how far the library moves both thresholds by itself, at most."""
+
+
+@lru_cache(1)
+def _library() -> Any:
+    """The C library, if it is one that has these thresholds."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
+
+
+@contextmanager
+def heap_kept(device: torch.device) -> Iterator[None]:
+    """Keep freed memory inside, and give all of it back at the end; does nothing on a GPU or without glibc.
+
+    Afterwards both thresholds stand where the library itself moves them at most (they cannot be read).
+    """
+    library = _library() if device.type == "cpu" else None
+    if library is None:
+        yield
+        return
+    library.mallopt(_MAPPED, _LARGEST)
+    library.mallopt(_TRIM, _NEVER)
+    try:
+        yield
+    finally:
+        library.mallopt(_TRIM, _ADAPTED)
+        library.malloc_trim(0)
