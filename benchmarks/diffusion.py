@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from svi import cpu_name
 
 import pgen
 from pgen.data.toy import gaussian_grid
@@ -244,6 +245,7 @@ def page(found, settings):
         f"`python benchmarks/diffusion.py --markdown docs/benchmarks/diffusion.md`. {settings}. CPU seconds of "
         f"this process; fits in "
         "the graph tier. Hyperparameters were chosen on validation data.",
+        "Runs: " + "; ".join(f"{part} {found['runs'][part]}" for part in PARTS if part in found["runs"]) + ".",
     ]
     writers = {"digits": digits_page, "grid": grid_page, "solvers": solvers_page, "steps": steps_page}
     return "\n\n".join([*parts, *(writers[part](found[part]) for part in PARTS if part in found)]) + "\n"
@@ -312,8 +314,8 @@ def steps_page(rows):
     body = [[r["model"], *(f"{1000 * r[side]:.2f}" if side in r else "" for side in sides)] for r in rows]
     return "\n\n".join([
         "## A training step",
-        "CPU milliseconds, the fastest of some blocks, sides in turn and each in a process of its own; the plain loop is the same "
-        "network, loss and optimizer (fused Adam), written by hand. While `fit` runs, freed memory stays with the process.",
+        "CPU milliseconds, the fastest of some blocks, sides in turn and each in a process of its own; the plain loop is the "
+        "same network, loss and optimizer (fused Adam), written by hand; freed memory stays with the process while `fit` runs.",
         table(["model", "plain torch", "fit, eager", "fit, graph", "torch.compile", "fit, compiled"], body),
     ])  # fmt: skip
 
@@ -333,12 +335,11 @@ def main():
         "digits": lambda: digits(given.seeds, given.epochs), "grid": lambda: grid(given.seeds, given.fit_steps),
         "solvers": solvers, "steps": steps,
     }  # fmt: skip
-    settings = (
-        f"{date.today()}, Python {platform.python_version()}, torch {version('torch')}, one thread of {platform.machine()}"
-    )
+    settings = f"Python {platform.python_version()}, torch {version('torch')}, one thread of {platform.machine()}"
     for part in given.parts:
         for rows in runs[part]():
             found[part] = rows
+            found.setdefault("runs", {})[part] = f"{date.today()}, {cpu_name()}"
             given.keep.write_text(json.dumps(found, indent=1))
             print(part, rows[-1], flush=True)
             if given.markdown:
