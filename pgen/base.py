@@ -1076,10 +1076,10 @@ class GenerativeModel(_Questions, PyroModule):
 
     def _advice(self, error: Exception, batch: Batch) -> str:
         """The likelihood or number of classes that the data ask for, where they lie outside the support of what was chosen."""
-        settings, x = self.settings(), cast(dict[str, Any], batch)["x"]
+        x = cast(dict[str, Any], batch)["x"]
         if "has a log-density of" in str(error):
             return _of_overflow(x)
-        if "outside the support" not in str(error) or settings.get("columns"):
+        if "outside the support" not in str(error) or (settings := self.settings()).get("columns"):
             return ""
         top, classes = float(x.max()), settings.get("num_classes")
         if classes is not None and top >= classes and bool(((x >= 0) & (x == x.round())).all()):
@@ -1436,12 +1436,16 @@ class GenerativeModel(_Questions, PyroModule):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
+    def _check_savable(self) -> None:
+        """Refuse what no file can hold; a family that takes modules of one's own refines it."""
+
     def save(self, path: str | Path) -> None:
         """Write settings, parameters and preprocessing to one file that executes nothing when read."""
         if not self.family:
             raise ValueError(
                 f"{type(self).__name__} has no name in the registry of families; set `family = ...` in the class to save it"
             )
+        _check_savable(self)
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
 
@@ -2028,8 +2032,16 @@ def load(path: str | Path) -> GenerativeModel:
 
 def description(model: GenerativeModel) -> dict[str, Any]:
     """What ``built`` needs of a model beside its tensors: family, settings and preprocessing, as plain JSON."""
+    _check_savable(model)
     preprocess = None if model.preprocess is None else model.preprocess.settings()
     return {"family": model.family, "settings": model.settings(), "preprocess": preprocess}
+
+
+def _check_savable(model: nn.Module) -> None:
+    """Refuse a model of which a part is one that no file can hold."""
+    for part in model.modules():
+        if isinstance(part, GenerativeModel):
+            part._check_savable()
 
 
 def _check_family(metadata: Any, path: Any) -> None:

@@ -378,5 +378,38 @@ def test_questions_are_checked():
         Diffusion((3,), width=8, blocks=1, context_dim=CONTEXT).sample(2)
     with pytest.raises(TypeError, match="unknown option 'num_temps' of method='ode'"):
         model.log_prob(torch.zeros(2, 3), method="ode", num_temps=3)
-    with pytest.raises(ValueError, match="a network of your own cannot be saved whole"):
-        gaussian().settings()
+
+
+class Own(nn.Module):
+    """A network that sees the levels beside z, and gives ``size`` numbers."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.linear = nn.Linear(4, size)
+
+    def forward(self, z, level):
+        return self.linear(torch.cat([z, level[:, None]], -1))
+
+
+BRIEF = {"steps": 2, "batch_size": 5, "compile": "eager", "progress": False}
+
+
+def test_data_that_do_not_suit_a_network_of_ones_own_are_named():
+    model = Diffusion((3,), Own(), likelihood="categorical", num_classes=4, prediction="velocity")
+    with pytest.raises(ValueError, match=r"outside the support.*: the largest value is 6, for which num_classes=7 would do"):
+        model.fit(torch.arange(33.0).reshape(11, 3) % 7, **BRIEF)
+    with pytest.raises(ValueError, match=r"site 'x' .*has a log-density of .* rescale x"):
+        Diffusion((3,), Own()).fit(data(11).float() * 1e30, **BRIEF)
+
+
+@pytest.mark.parametrize("family", [Diffusion, FlowMatching])
+def test_a_network_of_ones_own_is_resumed_but_not_saved(family, tmp_path):
+    x, whole = data(11).float(), seeded(lambda: family((3,), Own()))
+    whole.fit(x, schedule="constant", **{**BRIEF, "steps": 4})
+    for steps in (2, 4):
+        parts = seeded(lambda: family((3,), Own()))
+        parts.fit(x, schedule="constant", checkpoint=tmp_path / "kept", **{**BRIEF, "steps": steps})
+    assert torch.equal(state(whole), state(parts))
+    for kept in (parts, pgen.models.GenerativeClassifier([parts, whole])):
+        with pytest.raises(ValueError, match=f"a {family.__name__} with a network of your own cannot be saved whole"):
+            kept.save(tmp_path / "model.pgen")

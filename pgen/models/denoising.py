@@ -133,13 +133,15 @@ class DenoisingModel(GenerativeModel):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
+        names = ("width", "blocks", "octaves", "dropout", "context_dim", "context_dropout")
+        plain = {name: getattr(self, name) for name in names}
+        return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
+
+    def _check_savable(self) -> None:
         if not self.network_name:
             raise ValueError(
                 f"a {type(self).__name__} with a network of your own cannot be saved whole; save network.state_dict() yourself"
             )
-        names = ("width", "blocks", "octaves", "dropout", "context_dim", "context_dropout")
-        plain = {name: getattr(self, name) for name in names}
-        return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = settings.schedule or (None if settings.stop == "converged" else "warmup_cosine")
