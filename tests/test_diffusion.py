@@ -1,6 +1,7 @@
 """Diffusion: the bound and the solvers against closed forms for Gaussian data."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -413,3 +414,19 @@ def test_a_network_of_ones_own_is_resumed_but_not_saved(family, tmp_path):
     for kept in (parts, pgen.models.GenerativeClassifier([parts, whole])):
         with pytest.raises(ValueError, match=f"a {family.__name__} with a network of your own cannot be saved whole"):
             kept.save(tmp_path / "model.pgen")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "size", "wanted"),
+    [
+        (Diffusion, {}, 1, (5, 3)),  # which would be spread over all of z
+        (Diffusion, {"prediction": "noise"}, 6, (5, 3)),
+        (Diffusion, {"likelihood": "categorical", "num_classes": 4}, 3, (5, 3, 4)),
+        (FlowMatching, {}, 1, (5, 3)),
+    ],
+)
+def test_what_a_network_of_ones_own_gives_has_the_shape_of_z(family, options, size, wanted):
+    model, x = family((3,), Own(size), **options), torch.arange(33.0).reshape(11, 3) % 4
+    message = re.escape(f"`network` should give shape {wanted} for z of shape (5, 3), got (5, {size})")
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, **BRIEF)

@@ -114,6 +114,7 @@ class DenoisingModel(GenerativeModel):
             if not 0 <= share < 1:
                 raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
         self.width, self.blocks, self.octaves = width, blocks, octaves
+        self.outputs = outputs
         self.dropout, self.context_dropout = float(dropout), float(context_dropout)
         self.network_name = network if isinstance(network, str) else ""
         with self.initial_weights(seed):
@@ -169,7 +170,11 @@ class DenoisingModel(GenerativeModel):
         return torch.cat([context * seen, seen], -1)
 
     def _run(self, z: Tensor, level: Tensor, told: Tensor | None) -> Tensor:
-        return self.network(z, level) if told is None else self.network(z, level, told)
+        out = self.network(z, level) if told is None else self.network(z, level, told)
+        wanted = (*z.shape, self.outputs) if self.outputs > 1 else tuple(z.shape)
+        if tuple(out.shape) != wanted:
+            raise ValueError(f"`network` should give shape {wanted} for z of shape {tuple(z.shape)}, got {tuple(out.shape)}")
+        return out
 
     def _check_guidance(self, guidance: float) -> float:
         if guidance != 1 and not (self.context_dim and self.context_dropout):
