@@ -361,12 +361,23 @@ def test_a_fit_goes_on_bit_by_bit(tmp_path):
         ({"blocks": 10**6}, "`blocks` should be at most 1000, got 1000000"),
         ({"schedule": "cosin"}, "`schedule`"),
         ({"context_dropout": 1.0}, r"`context_dropout` is a share in \[0, 1\), got 1.0"),
+        ({"network": "unet", "blocks": 3}, "`blocks` 3 does not go with the network 'unet': it is of 'mlp', leave it out"),
+        ({"network": "unet", "octaves": 2}, "`octaves` 2 does not go with the network 'unet': it is of 'mlp', leave it out"),
+        ({"network": nn.Linear(3, 3), "width": 8}, "`width` 8 does not go with the network Linear, a module of your own"),
+        (
+            {"network": nn.Linear(3, 3), "dropout": 0.1},
+            "`dropout` 0.1 does not .* a module of your own: it is of 'mlp' or 'unet'",
+        ),
+        ({"network": nn.Linear(3, 3), "blocks": 1}, "`blocks` 1 does not go with .* a module of your own: it is of 'mlp'"),
         ({"network": "unet"}, r"`event_shape` of a U-Net should be \(H, W\) or \(C, H, W\), got \(3,\)"),
     ],
 )
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         Diffusion((3,), **options)
+    if not options.keys() & {"prediction", "likelihood", "log_snr", "schedule"}:
+        with pytest.raises(ValueError, match=message):
+            FlowMatching((3,), **options)
 
 
 def test_questions_are_checked():
