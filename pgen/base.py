@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -639,6 +640,8 @@ class GenerativeModel(_Questions, PyroModule):
     unit_rows: ClassVar[int] = UNIT_ROWS
     """Most rows that ``log_prob`` evaluates at a time. A family whose distribution bounds its own memory takes more, and its
     program is then run as written unless a tier is asked for."""
+    refuses_one_context: ClassVar[bool] = False
+    """Whether ``fit`` refuses data that all have the same context, of which other families warn."""
     holds_out: ClassVar[float] = 0.0
     """Share of the rows that ``fit`` holds out, to stop in time, if it is told neither held-out data nor how long to train."""
     default_batch_size = 100
@@ -855,6 +858,7 @@ class GenerativeModel(_Questions, PyroModule):
         self.to(dtype=settings.dtype)  # before data are read in it
         batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
         batch = self._placed(batch)
+        concern = self._concern_of_context(batch)
         share = self._share(validation, source, epochs is None and steps is None and settings.stop != "converged")
         held_out = self._batch("validation", validation, validation_context) if share is None else None
         if share:
@@ -873,7 +877,20 @@ class GenerativeModel(_Questions, PyroModule):
             options=options,
         )  # fmt: skip
         run.held_out = batch_length(held_out) if share and held_out is not None else 0
+        run.warnings += [concern] if concern else []
         return run
+
+    def _concern_of_context(self, batch: dict[str, Tensor]) -> str:
+        """Name a context in which nothing varies: answers are right under it, and under any other there is nothing to go by."""
+        context = batch.get("context")
+        if context is None or len(context) < 2 or not bool((context == context[0]).all()):
+            return ""
+        concern = "every datum has the same context, from which nothing is learnt: leave `context` out of model and fit"
+        if self.refuses_one_context:
+            raise ValueError(concern)
+        concern += ", or ask of no other context"
+        warnings.warn(concern, stacklevel=3)
+        return concern
 
     def _share(self, validation: Any, source: Checked | None, unsaid: bool) -> float | None:
         """The share of the data to hold out; None where held-out data are given."""
