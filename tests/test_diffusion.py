@@ -314,6 +314,42 @@ def test_the_density_by_the_equation_is_in_the_units_of_the_data():
         torch.testing.assert_close(score.value, truth(y) + log_det, atol=3e-3, rtol=0)
 
 
+# --- U-Nets --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_unet_of_levels_in_channels_gives_their_mean_by_bayes_rule():
+    levels, shape = 5, (3, 2, 4)
+    model = Diffusion(shape, "unet", width=8, likelihood="categorical", num_classes=levels, log_snr=(LOW, HIGH)).double()
+    logits = seeded(lambda: torch.randn(levels, 3, dtype=torch.float64))
+    with torch.no_grad():  # weights of the last layer are zero: the logits depend on level and channel alone
+        model.network.last.bias.copy_(logits.flatten())
+    model.shift.copy_(torch.arange(24.0) / 7)
+    model.scale.fill_(1.7)
+    z, log_snr = seeded(lambda: (torch.randn(6, *shape, dtype=torch.float64), torch.linspace(-3.0, 3.0, 6).double()))
+    found = model.denoise(z, log_snr)
+    for b, c, i, j in ((0, 0, 0, 0), (2, 1, 1, 3), (5, 2, 0, 2)):
+        alpha, sigma = alpha_sigma(log_snr[b])
+        points = (torch.arange(levels) - model.shift.reshape(shape)[c, i, j]) / 1.7
+        weight = logits[:, c].exp() * torch.distributions.Normal(alpha * points, sigma).log_prob(z[b, c, i, j]).exp()
+        torch.testing.assert_close(found[b, c, i, j], (weight * points).sum() / weight.sum())
+
+
+def test_a_unet_of_bits_learns_what_a_context_says_and_guidance_presses_on():
+    share = torch.tensor([0.2, 0.8])  # of ones, in either class
+    classes = torch.arange(400) % 2
+    x = seeded(lambda: torch.bernoulli(share[classes][:, None, None].expand(-1, 2, 4)))
+    context = torch.eye(2)[classes]
+    options = {"network": "unet", "width": 8, "likelihood": "bernoulli", "schedule": "learned", "context_dim": 2}
+    model = Diffusion((2, 4), **options)
+    model.fit(x, context=context, steps=120, batch_size=50, optimizer=0.01, compile="eager", progress=False)
+    score = model.log_prob(x[:200], context[:200], num_samples=8)
+    truth = -8 * float(torch.distributions.Bernoulli(share[0]).entropy())
+    assert truth - 0.4 < score.mean < truth + 0.2  # in nats a datum; the data's own shares give .1 at most
+    told = {"solver": "ddim", "steps": 10, "progress": False}
+    ones = [float(model.sample(250, context[1:2], guidance=w, **told).mean()) for w in (0.0, 1.0, 3.0)]
+    assert abs(ones[0] - 0.5) < 0.2 and abs(ones[1] - 0.8) < 0.06 and ones[2] > ones[1] + 0.07
+
+
 # --- the contract of a site whose density is estimated -------------------------------------------------------------------
 
 
@@ -338,13 +374,24 @@ def test_tiers_agree():
     torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_fit_goes_on_bit_by_bit(tmp_path):
-    case = CASES["diffusion_learned"]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("diffusion_learned", {}),
+        ("diffusion_learned", {"ema": 0.9}),  # of a model with dropout
+        ("diffusion_unet_levels_context", {"ema": 0.9}),
+        ("flow_matching_context", {}),
+        ("flow_matching", {"ema": 0.9}),
+    ],
+)
+def test_a_fit_goes_on_bit_by_bit(name, options, tmp_path):
+    case = CASES[name]
     whole, parts = case.model(), case.model()
-    case.fit(whole, steps=8, schedule="constant")
-    case.fit(parts, steps=4, schedule="constant", checkpoint=tmp_path)
+    case.fit(whole, steps=8, schedule="constant", **options)
+    case.fit(parts, steps=4, schedule="constant", checkpoint=tmp_path, **options)
+    assert not torch.equal(state(whole), state(parts))
     parts = case.model()
-    case.fit(parts, steps=8, schedule="constant", checkpoint=tmp_path)
+    case.fit(parts, steps=8, schedule="constant", checkpoint=tmp_path, **options)
     assert torch.equal(state(whole), state(parts))
 
 
