@@ -233,19 +233,6 @@ CASES: dict[str, Case] = {
         diffusion(likelihood="categorical", num_classes=CLASSES, prediction="velocity"), _CLASSES
     ),
     "diffusion_unet": noisy(diffusion((2, 4), network="unet"), _IMAGES[:, 0]),
-    "diffusion_unet_levels_context": noisy(
-        diffusion(
-            (3, 2, 4),
-            network="unet",
-            likelihood="categorical",
-            num_classes=CLASSES,
-            schedule="learned",
-            dropout=0.1,
-            context_dim=CONTEXT,
-        ),
-        _draws(lambda: torch.randint(0, CLASSES, (ROWS, 3, 2, 4))),
-        _CONTEXT,
-    ),
     "flow_matching": exact(
         lambda seed: models.FlowMatching((2,), width=8, blocks=1, seed=seed), _REALS[:, 0, :2], lacks=(*_NO_LATENTS, "draw")
     ),
