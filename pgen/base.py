@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -639,6 +640,8 @@ class GenerativeModel(_Questions, PyroModule):
     unit_rows: ClassVar[int] = UNIT_ROWS
     """Most rows that ``log_prob`` evaluates at a time. A family whose distribution bounds its own memory takes more, and its
     program is then run as written unless a tier is asked for."""
+    refuses_one_context: ClassVar[bool] = False
+    """Whether ``fit`` refuses data that all have the same context, of which other families warn."""
     holds_out: ClassVar[float] = 0.0
     """Share of the rows that ``fit`` holds out, to stop in time, if it is told neither held-out data nor how long to train."""
     default_batch_size = 100
@@ -855,6 +858,7 @@ class GenerativeModel(_Questions, PyroModule):
         self.to(dtype=settings.dtype)  # before data are read in it
         batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
         batch = self._placed(batch)
+        concern = self._concern_of_context(batch)
         share = self._share(validation, source, epochs is None and steps is None and settings.stop != "converged")
         held_out = self._batch("validation", validation, validation_context) if share is None else None
         if share:
@@ -873,7 +877,20 @@ class GenerativeModel(_Questions, PyroModule):
             options=options,
         )  # fmt: skip
         run.held_out = batch_length(held_out) if share and held_out is not None else 0
+        run.warnings += [concern] if concern else []
         return run
+
+    def _concern_of_context(self, batch: dict[str, Tensor]) -> str:
+        """Name a context in which nothing varies: answers are right under it, and under any other there is nothing to go by."""
+        context = batch.get("context")
+        if context is None or len(context) < 2 or not bool((context == context[0]).all()):
+            return ""
+        concern = "every datum has the same context, from which nothing is learnt: leave `context` out of model and fit"
+        if self.refuses_one_context:
+            raise ValueError(concern)
+        concern += ", or ask of no other context"
+        warnings.warn(concern, stacklevel=3)
+        return concern
 
     def _share(self, validation: Any, source: Checked | None, unsaid: bool) -> float | None:
         """The share of the data to hold out; None where held-out data are given."""
@@ -1076,10 +1093,10 @@ class GenerativeModel(_Questions, PyroModule):
 
     def _advice(self, error: Exception, batch: Batch) -> str:
         """The likelihood or number of classes that the data ask for, where they lie outside the support of what was chosen."""
-        settings, x = self.settings(), cast(dict[str, Any], batch)["x"]
+        x = cast(dict[str, Any], batch)["x"]
         if "has a log-density of" in str(error):
             return _of_overflow(x)
-        if "outside the support" not in str(error) or settings.get("columns"):
+        if "outside the support" not in str(error) or (settings := self.settings()).get("columns"):
             return ""
         top, classes = float(x.max()), settings.get("num_classes")
         if classes is not None and top >= classes and bool(((x >= 0) & (x == x.round())).all()):
@@ -1436,12 +1453,16 @@ class GenerativeModel(_Questions, PyroModule):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
+    def _check_savable(self) -> None:
+        """Refuse what no file can hold; a family that takes modules of one's own refines it."""
+
     def save(self, path: str | Path) -> None:
         """Write settings, parameters and preprocessing to one file that executes nothing when read."""
         if not self.family:
             raise ValueError(
                 f"{type(self).__name__} has no name in the registry of families; set `family = ...` in the class to save it"
             )
+        _check_savable(self)
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
 
@@ -2028,8 +2049,16 @@ def load(path: str | Path) -> GenerativeModel:
 
 def description(model: GenerativeModel) -> dict[str, Any]:
     """What ``built`` needs of a model beside its tensors: family, settings and preprocessing, as plain JSON."""
+    _check_savable(model)
     preprocess = None if model.preprocess is None else model.preprocess.settings()
     return {"family": model.family, "settings": model.settings(), "preprocess": preprocess}
+
+
+def _check_savable(model: nn.Module) -> None:
+    """Refuse a model of which a part is one that no file can hold."""
+    for part in model.modules():
+        if isinstance(part, GenerativeModel):
+            part._check_savable()
 
 
 def _check_family(metadata: Any, path: Any) -> None:

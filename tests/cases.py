@@ -181,7 +181,8 @@ def latent(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | 
 
 def diffusion(event: tuple[int, ...] = EVENT, **options: Any) -> Callable[[int], models.Diffusion]:
     """Makes a tiny diffusion model."""
-    return lambda seed: models.Diffusion(event, width=8, blocks=1, seed=seed, **options)
+    blocks = {} if "network" in options else {"blocks": 1}
+    return lambda seed: models.Diffusion(event, width=8, seed=seed, **blocks, **options)
 
 
 def noisy(make: Callable[[int], Any], x: torch.Tensor, context: torch.Tensor | None = None) -> Case:

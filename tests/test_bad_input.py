@@ -79,6 +79,41 @@ def test_context_is_checked_like_data():
         vae().fit(torch.zeros(9, 2, 3), context=torch.zeros(9, 5))
 
 
+SAME = "every datum has the same context, from which nothing is learnt: leave `context` out of model and fit"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_steps_context",
+        "flow_matching_context",
+        "vae_gaussian_context",
+        "flow_spline_coupling_context",
+        "energy_context",
+    ],
+)
+def test_a_context_in_which_nothing_varies_is_warned_of(name):
+    case = CASES[name]
+    model, same = case.model(), case.context[:1]
+    with pytest.warns(UserWarning, match=SAME):
+        run = model.fit(case.x, context=same, **STEPS)
+    assert SAME in run.warnings[-1] and SAME in str(run)
+    assert not model.fit(case.x, context=case.context, **STEPS).warnings
+    assert not model.fit(case.x[:1], context=same, **STEPS).warnings
+
+
+def test_a_closed_form_given_one_class_alone_is_warned_of():
+    model = models.Gaussian((2, 3), context_dim=2)
+    with pytest.warns(UserWarning, match=SAME):
+        assert SAME in model.fit(CASES["gaussian_full"].x, context=torch.eye(2)[:1], progress=False).warnings[-1]
+
+
+def test_a_game_without_a_context_that_varies_is_refused():
+    case = CASES["gan_packed_context"]
+    with refused(SAME):
+        case.model().fit(case.x, context=case.context[:1], **STEPS)
+
+
 @pytest.mark.parametrize(
     ("likelihood", "bad", "support"),
     [

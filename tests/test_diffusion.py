@@ -1,10 +1,11 @@
 """Diffusion: the bound and the solvers against closed forms for Gaussian data."""
 
 import math
+import re
 
 import pytest
 import torch
-from cases import CASES, CONTEXT, seeded, state
+from cases import CASES, CLASSES, CONTEXT, diffusion, noisy, seeded, state
 from torch import nn
 
 import pgen
@@ -313,6 +314,66 @@ def test_the_density_by_the_equation_is_in_the_units_of_the_data():
         torch.testing.assert_close(score.value, truth(y) + log_det, atol=3e-3, rtol=0)
 
 
+# --- U-Nets --------------------------------------------------------------------------------------------------------------
+
+
+UNET = noisy(
+    diffusion(
+        (3, 2, 4), network="unet", likelihood="categorical", num_classes=CLASSES, schedule="learned", context_dim=CONTEXT,
+        dropout=0.1,
+    ),
+    seeded(lambda: torch.randint(0, CLASSES, (11, 3, 2, 4))),
+    seeded(lambda: torch.randn(11, CONTEXT)),
+)  # fmt: skip
+
+
+def test_a_unet_of_levels_in_channels_is_trained_guided_and_loaded(tmp_path):
+    model = UNET.model()
+    UNET.fit(model, steps=4)
+    assert all(bool(g.abs().max() > 0) for g in next(model.gradients({"x": UNET.x, "context": UNET.context})).values())
+    again = UNET.reload(model, tmp_path / "model.pgen")
+    found = [
+        (m.log_prob(UNET.x, UNET.context, num_samples=3).value, m.sample(6, UNET.context[:6], steps=3, guidance=2))
+        for m in (model, again)
+    ]
+    assert found[0][0].shape == (11,) and found[0][1].shape == (6, 3, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert not torch.equal(found[0][0], model.log_prob(UNET.x, UNET.context.flip(0), num_samples=3).value)
+
+
+def test_a_unet_of_levels_in_channels_gives_their_mean_by_bayes_rule():
+    levels, shape = 5, (3, 2, 4)
+    model = Diffusion(shape, "unet", width=8, likelihood="categorical", num_classes=levels, log_snr=(LOW, HIGH)).double()
+    logits = seeded(lambda: torch.randn(levels, 3, dtype=torch.float64))
+    with torch.no_grad():  # weights of the last layer are zero: the logits depend on level and channel alone
+        model.network.last.bias.copy_(logits.flatten())
+    model.shift.copy_(torch.arange(24.0) / 7)
+    model.scale.fill_(1.7)
+    z, log_snr = seeded(lambda: (torch.randn(6, *shape, dtype=torch.float64), torch.linspace(-3.0, 3.0, 6).double()))
+    found = model.denoise(z, log_snr)
+    for b, c, i, j in ((0, 0, 0, 0), (2, 1, 1, 3), (5, 2, 0, 2)):
+        alpha, sigma = alpha_sigma(log_snr[b])
+        points = (torch.arange(levels) - model.shift.reshape(shape)[c, i, j]) / 1.7
+        weight = logits[:, c].exp() * torch.distributions.Normal(alpha * points, sigma).log_prob(z[b, c, i, j]).exp()
+        torch.testing.assert_close(found[b, c, i, j], (weight * points).sum() / weight.sum())
+
+
+def test_a_unet_of_bits_learns_what_a_context_says_and_guidance_presses_on():
+    share = torch.tensor([0.2, 0.8])  # of ones, in either class
+    classes = torch.arange(400) % 2
+    x = seeded(lambda: torch.bernoulli(share[classes][:, None, None].expand(-1, 2, 4)))
+    context = torch.eye(2)[classes]
+    options = {"network": "unet", "width": 8, "likelihood": "bernoulli", "schedule": "learned", "context_dim": 2}
+    model = Diffusion((2, 4), **options)
+    model.fit(x, context=context, steps=120, batch_size=50, optimizer=0.01, compile="eager", progress=False)
+    score = model.log_prob(x[:200], context[:200], num_samples=8)
+    truth = -8 * float(torch.distributions.Bernoulli(share[0]).entropy())
+    assert truth - 0.4 < score.mean < truth + 0.2  # in nats a datum; the data's own shares give .1 at most
+    told = {"solver": "ddim", "steps": 10, "progress": False}
+    ones = [float(model.sample(250, context[1:2], guidance=w, **told).mean()) for w in (0.0, 1.0, 3.0)]
+    assert abs(ones[0] - 0.5) < 0.2 and abs(ones[1] - 0.8) < 0.06 and ones[2] > ones[1] + 0.07
+
+
 # --- the contract of a site whose density is estimated -------------------------------------------------------------------
 
 
@@ -337,13 +398,24 @@ def test_tiers_agree():
     torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_fit_goes_on_bit_by_bit(tmp_path):
-    case = CASES["diffusion_learned"]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("diffusion_learned", {}),
+        ("diffusion_learned", {"ema": 0.9}),  # of a model with dropout
+        ("unet", {"ema": 0.9}),
+        ("flow_matching_context", {}),
+        ("flow_matching", {"ema": 0.9}),
+    ],
+)
+def test_a_fit_goes_on_bit_by_bit(name, options, tmp_path):
+    case = UNET if name == "unet" else CASES[name]
     whole, parts = case.model(), case.model()
-    case.fit(whole, steps=8, schedule="constant")
-    case.fit(parts, steps=4, schedule="constant", checkpoint=tmp_path)
+    case.fit(whole, steps=8, schedule="constant", **options)
+    case.fit(parts, steps=4, schedule="constant", checkpoint=tmp_path, **options)
+    assert not torch.equal(state(whole), state(parts))
     parts = case.model()
-    case.fit(parts, steps=8, schedule="constant", checkpoint=tmp_path)
+    case.fit(parts, steps=8, schedule="constant", checkpoint=tmp_path, **options)
     assert torch.equal(state(whole), state(parts))
 
 
@@ -360,12 +432,23 @@ def test_a_fit_goes_on_bit_by_bit(tmp_path):
         ({"blocks": 10**6}, "`blocks` should be at most 1000, got 1000000"),
         ({"schedule": "cosin"}, "`schedule`"),
         ({"context_dropout": 1.0}, r"`context_dropout` is a share in \[0, 1\), got 1.0"),
+        ({"network": "unet", "blocks": 3}, "`blocks` 3 does not go with the network 'unet': it is of 'mlp', leave it out"),
+        ({"network": "unet", "octaves": 2}, "`octaves` 2 does not go with the network 'unet': it is of 'mlp', leave it out"),
+        ({"network": nn.Linear(3, 3), "width": 8}, "`width` 8 does not go with the network Linear, a module of your own"),
+        (
+            {"network": nn.Linear(3, 3), "dropout": 0.1},
+            "`dropout` 0.1 does not .* a module of your own: it is of 'mlp' or 'unet'",
+        ),
+        ({"network": nn.Linear(3, 3), "blocks": 1}, "`blocks` 1 does not go with .* a module of your own: it is of 'mlp'"),
         ({"network": "unet"}, r"`event_shape` of a U-Net should be \(H, W\) or \(C, H, W\), got \(3,\)"),
     ],
 )
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         Diffusion((3,), **options)
+    if not options.keys() & {"prediction", "likelihood", "log_snr", "schedule"}:
+        with pytest.raises(ValueError, match=message):
+            FlowMatching((3,), **options)
 
 
 def test_questions_are_checked():
@@ -378,5 +461,54 @@ def test_questions_are_checked():
         Diffusion((3,), width=8, blocks=1, context_dim=CONTEXT).sample(2)
     with pytest.raises(TypeError, match="unknown option 'num_temps' of method='ode'"):
         model.log_prob(torch.zeros(2, 3), method="ode", num_temps=3)
-    with pytest.raises(ValueError, match="a network of your own cannot be saved whole"):
-        gaussian().settings()
+
+
+class Own(nn.Module):
+    """A network that sees the levels beside z, and gives ``size`` numbers."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.linear = nn.Linear(4, size)
+
+    def forward(self, z, level):
+        return self.linear(torch.cat([z, level[:, None]], -1))
+
+
+BRIEF = {"steps": 2, "batch_size": 5, "compile": "eager", "progress": False}
+
+
+def test_data_that_do_not_suit_a_network_of_ones_own_are_named():
+    model = Diffusion((3,), Own(), likelihood="categorical", num_classes=4, prediction="velocity")
+    with pytest.raises(ValueError, match=r"outside the support.*: the largest value is 6, for which num_classes=7 would do"):
+        model.fit(torch.arange(33.0).reshape(11, 3) % 7, **BRIEF)
+    with pytest.raises(ValueError, match=r"site 'x' .*has a log-density of .* rescale x"):
+        Diffusion((3,), Own()).fit(data(11).float() * 1e30, **BRIEF)
+
+
+@pytest.mark.parametrize("family", [Diffusion, FlowMatching])
+def test_a_network_of_ones_own_is_resumed_but_not_saved(family, tmp_path):
+    x, whole = data(11).float(), seeded(lambda: family((3,), Own()))
+    whole.fit(x, schedule="constant", **{**BRIEF, "steps": 4})
+    for steps in (2, 4):
+        parts = seeded(lambda: family((3,), Own()))
+        parts.fit(x, schedule="constant", checkpoint=tmp_path / "kept", **{**BRIEF, "steps": steps})
+    assert torch.equal(state(whole), state(parts))
+    for kept in (parts, pgen.models.GenerativeClassifier([parts, whole])):
+        with pytest.raises(ValueError, match=f"a {family.__name__} with a network of your own cannot be saved whole"):
+            kept.save(tmp_path / "model.pgen")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "size", "wanted"),
+    [
+        (Diffusion, {}, 1, (5, 3)),  # which would be spread over all of z
+        (Diffusion, {"prediction": "noise"}, 6, (5, 3)),
+        (Diffusion, {"likelihood": "categorical", "num_classes": 4}, 3, (5, 3, 4)),
+        (FlowMatching, {}, 1, (5, 3)),
+    ],
+)
+def test_what_a_network_of_ones_own_gives_has_the_shape_of_z(family, options, size, wanted):
+    model, x = family((3,), Own(size), **options), torch.arange(33.0).reshape(11, 3) % 4
+    message = re.escape(f"`network` should give shape {wanted} for z of shape (5, 3), got (5, {size})")
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, **BRIEF)

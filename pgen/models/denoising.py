@@ -24,6 +24,8 @@ from ..training.optim import Adam
 
 __all__ = ["DenoisingModel"]
 
+BLOCKS = 3
+"""Residual blocks of the dense network, unless told otherwise."""
 EXACT_UP_TO = 16
 """Numbers of a datum up to which a divergence is taken exactly, unless told otherwise."""
 MOST_BLOCKS = 1000
@@ -62,6 +64,17 @@ def _unavailable(question: str) -> Callable[..., Any]:
     return asked
 
 
+def _check_goes_with(network: str | nn.Module, **options: Any) -> None:
+    """Refuse options that ``network`` would not heed; width and dropout are heeded by both that have a name."""
+    theirs = {"mlp": tuple(options), "unet": ("width", "dropout")}
+    heeded = theirs.get(network, tuple(options)) if isinstance(network, str) else ()
+    for name, value in options.items():
+        if value is not None and name not in heeded:
+            what = repr(network) if isinstance(network, str) else f"{type(network).__name__}, a module of your own"
+            known = " or ".join(repr(n) for n, names in theirs.items() if name in names)
+            raise ValueError(f"`{name}` {value} does not go with the network {what}: it is of {known}, leave it out")
+
+
 class DenoisingModel(GenerativeModel):
     """A model with a network ``(z, level, context)``; data are centred and scaled, and some contexts hidden in training.
 
@@ -69,7 +82,7 @@ class DenoisingModel(GenerativeModel):
         event_shape: Shape of one datum.
         network: ``"mlp"``, ``"unet"``, or a module.
         width: Hidden units, or channels.
-        blocks: Residual blocks of the dense network.
+        blocks: Residual blocks of the dense network; None for three.
         octaves: Doublings of waves of z that the dense network sees.
         outputs: Numbers that the network gives for each of x.
         dropout: Of hidden units, in training.
@@ -94,7 +107,7 @@ class DenoisingModel(GenerativeModel):
         network: str | nn.Module,
         *,
         width: int | None,
-        blocks: int,
+        blocks: int | None,
         octaves: int,
         outputs: int,
         dropout: float,
@@ -105,15 +118,18 @@ class DenoisingModel(GenerativeModel):
     ) -> None:
         super().__init__(event_shape, preprocess=preprocess, context_dim=context_dim)
         check_positive("width", width, allow_none=True)
-        check_positive("blocks", blocks)
-        if blocks > MOST_BLOCKS:
+        check_positive("blocks", blocks, allow_none=True)
+        if blocks is not None and blocks > MOST_BLOCKS:
             raise ValueError(f"`blocks` should be at most {MOST_BLOCKS}, got {blocks}")
         if octaves < 0:
             raise ValueError(f"`octaves` should be 0 or more, got {octaves}")
         for name, share in (("dropout", dropout), ("context_dropout", context_dropout)):
             if not 0 <= share < 1:
                 raise ValueError(f"`{name}` is a share in [0, 1), got {share}")
-        self.width, self.blocks, self.octaves = width, blocks, octaves
+        _check_goes_with(network, width=width, dropout=dropout or None, blocks=blocks, octaves=octaves or None)
+        self.width, self.octaves = width, octaves
+        self.blocks = BLOCKS if blocks is None and network == "mlp" else blocks
+        self.outputs = outputs
         self.dropout, self.context_dropout = float(dropout), float(context_dropout)
         self.network_name = network if isinstance(network, str) else ""
         with self.initial_weights(seed):
@@ -127,19 +143,21 @@ class DenoisingModel(GenerativeModel):
         if name == "unet":
             return UNet(self.event_shape, self.width or 32, outputs=outputs, context_dim=told, dropout=self.dropout)
         return ResidualMLP(
-            self.event_shape, self.width or 256, self.blocks, octaves=self.octaves, outputs=outputs, context_dim=told,
+            self.event_shape, self.width or 256, self.blocks or BLOCKS, octaves=self.octaves, outputs=outputs, context_dim=told,
             dropout=self.dropout,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
+        names = ("width", "blocks", "octaves", "dropout", "context_dim", "context_dropout")
+        plain = {name: getattr(self, name) for name in names}
+        return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
+
+    def _check_savable(self) -> None:
         if not self.network_name:
             raise ValueError(
                 f"a {type(self).__name__} with a network of your own cannot be saved whole; save network.state_dict() yourself"
             )
-        names = ("width", "blocks", "octaves", "dropout", "context_dim", "context_dropout")
-        plain = {name: getattr(self, name) for name in names}
-        return {"event_shape": list(self.event_shape), "network": self.network_name, **plain}
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         schedule = settings.schedule or (None if settings.stop == "converged" else "warmup_cosine")
@@ -167,7 +185,11 @@ class DenoisingModel(GenerativeModel):
         return torch.cat([context * seen, seen], -1)
 
     def _run(self, z: Tensor, level: Tensor, told: Tensor | None) -> Tensor:
-        return self.network(z, level) if told is None else self.network(z, level, told)
+        out = self.network(z, level) if told is None else self.network(z, level, told)
+        wanted = (*z.shape, self.outputs) if self.outputs > 1 else tuple(z.shape)
+        if tuple(out.shape) != wanted:
+            raise ValueError(f"`network` should give shape {wanted} for z of shape {tuple(z.shape)}, got {tuple(out.shape)}")
+        return out
 
     def _check_guidance(self, guidance: float) -> float:
         if guidance != 1 and not (self.context_dim and self.context_dropout):

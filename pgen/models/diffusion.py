@@ -75,9 +75,9 @@ class Diffusion(DenoisingModel):
             ``(B, *event_shape)``, level ``(B,)`` from 0 (data) to 1 (noise), context ``(B, context_dim + 1)``, whose last
             number says whether the rest is given, left out without context. A model with a module of yours cannot be saved.
         width: Hidden units, or channels.
-        blocks: Residual blocks of the dense network.
+        blocks: Residual blocks of the dense network; None for three.
         octaves: Doublings of waves of z that the dense network sees beside z; 6 for few numbers of fine structure, such as
-            narrow islands in the plane.
+            narrow islands in the plane. What a network would not heed is refused.
         prediction: What the network gives: ``"velocity"`` (:math:`\alpha \epsilon - \sigma x`), ``"noise"``, ``"data"``, or
             ``"classes"``: for each number the logits of its levels apart from what z itself says of it (a module gives
             ``(B, *event_shape, K)``). By default classes up to 32 levels, else velocity.
@@ -112,7 +112,7 @@ class Diffusion(DenoisingModel):
         network: str | nn.Module = "mlp",
         *,
         width: int | None = None,
-        blocks: int = 3,
+        blocks: int | None = None,
         octaves: int = 0,
         prediction: str | None = None,
         likelihood: str = "gaussian",

@@ -61,9 +61,9 @@ class FlowMatching(DenoisingModel):
         network: ``"mlp"``, ``"unet"`` (for images), or a module ``(z, level, context)`` -> ``(B, *event_shape)``, as for
             ``Diffusion``; level is t.
         width: Hidden units, or channels.
-        blocks: Residual blocks of the dense network.
+        blocks: Residual blocks of the dense network; None for three.
         octaves: Doublings of waves of z that the dense network sees beside z; 6 for few numbers of fine structure, such as
-            narrow islands in the plane.
+            narrow islands in the plane. What a network would not heed is refused.
         dropout: Of hidden units, in training.
         context_dim: Size of the context; 0 for none.
         context_dropout: Share of the data of a step whose context is hidden, for classifier-free guidance.
@@ -85,7 +85,7 @@ class FlowMatching(DenoisingModel):
         network: str | nn.Module = "mlp",
         *,
         width: int | None = None,
-        blocks: int = 3,
+        blocks: int | None = None,
         octaves: int = 0,
         dropout: float = 0.0,
         context_dim: int = 0,

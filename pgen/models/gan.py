@@ -77,6 +77,7 @@ class GAN(GenerativeModel):
 
     family = "gan"
     has_density = has_posterior = False
+    refuses_one_context = True
     default_steps = 10_000
 
     def __init__(
@@ -225,12 +226,7 @@ class GAN(GenerativeModel):
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
     def _check_support(self, batch: Batch, numbers: Tensor | None = None) -> Callable[[Batch, Tensor], None] | None:
-        """Data must lie where the generator can reach them; labels must tell data apart."""
-        batch = cast(dict[str, Any], batch)
-        if "context" in batch and len(batch["x"]) > 1 and bool((batch["context"] == batch["context"][0]).all()):
-            raise ValueError(
-                "every datum has the same context, from which nothing is learnt: leave `context` out of model and fit"
-            )
+        """Data must lie where the generator can reach them."""
         self._check_range(batch)
         return None if numbers is None else lambda rows, _: self._check_range(rows)
 
