@@ -186,6 +186,17 @@ def test_slips_are_named():
         model.log_prob(X, method="ais")
 
 
+def test_weights_that_are_no_numbers_are_named(monkeypatch):
+    model = machine(6, 5)
+    with torch.no_grad():
+        model.weight[2, 1] = math.nan
+    for most in (22, 4):  # enumerated, and by chains
+        monkeypatch.setattr("pgen.models.boltzmann.MOST_UNITS", most)
+        for question in (model.sample, model.log_normalizer):
+            with pytest.raises(FloatingPointError, match="parameter 'weight' of this RBM is not finite"):
+                question()
+
+
 def test_grey_levels_are_told_the_ways_out():
     x = torch.linspace(0, 16, 30).reshape(10, 3)
     with pytest.raises(

@@ -332,8 +332,27 @@ def test_an_energy_that_is_not_a_number_is_named():
         def forward(self, x):
             return (self.weight * x).sum(1).log()
 
-    with pytest.raises(ValueError, match=r"'x'.*(finite|nan)"):
-        EnergyBased((2,), Broken()).fit(X[:20].float(), steps=5, progress=False)
+    broken = EnergyBased((2,), Broken())
+    with pytest.raises(ValueError, match=r"'x' has a log-density of nan .* energy of x in \[-.*\] is not a finite .* in Broken"):
+        broken.fit(X[:20].float(), steps=5, progress=False)
+    ask = {"compile": "eager", "progress": False}
+    with pytest.raises(FloatingPointError, match=r"the energy is nan at .* of 64 points where chains begin"):
+        broken.sample(3, num_temps=4, num_steps=1, **ask)
+    with pytest.raises(FloatingPointError, match=r"the energy is nan at .* of 64 points where chains begin"):
+        (broken + broken).sample(3, num_temps=4, num_steps=1, **ask)
+    broken.log_z.copy_(torch.tensor([0.3, 0.1]))
+    with torch.no_grad():
+        broken.network.weight.fill_(math.nan)
+    for question in (broken.sample, broken.log_normalizer, (2 * broken).sample):
+        with pytest.raises(FloatingPointError, match=r"parameter 'network.weight' of this EnergyBased is not finite"):
+            question(**ask)
+    assert broken.log_z.tolist() == pytest.approx([0.3, 0.1])
+    with pytest.raises(ValueError, match=r"log-density of nan .*: parameter 'network.weight' is not finite"):
+        broken.fit(X[:20].float(), steps=5, progress=False)
+    with pytest.raises(FloatingPointError, match="log Z came out as nan: the energy is not a number"):
+        settled(lambda count: LogNormalizer(math.nan, math.nan, math.nan, math.nan, count, 10), None)
+    broken.take_normalizer(torch.tensor(math.nan))
+    assert broken.log_z.tolist() == pytest.approx([0.3, 0.1])
 
 
 # --- the family -----------------------------------------------------------------------------------------------------------

@@ -199,11 +199,13 @@ class RBM(UnnormalisedModel):
 
         Raises:
             ValueError: If ``method="enumerate"`` asks for more than 2^22 states.
+            FloatingPointError: If a parameter, or what comes out, is not finite.
         """
         check_choice("method", method, ("auto", "enumerate", "ais"))
         check_positive("num_temps", num_temps)
         check_positive("num_chains", num_chains)
         check_positive("num_sweeps", num_sweeps)
+        self.check_parameters()
         if method == "enumerate" and not self.enumerable:
             raise ValueError(
                 f"method='enumerate' would sum 2^{self.distribution().units} states (at most 2^{MOST_UNITS}); use 'ais'"
@@ -212,6 +214,7 @@ class RBM(UnnormalisedModel):
             value, _ = self._normalizer(seed, progress)  # type: ignore[misc]
             return LogNormalizer(value, 0.0, value, value)
         found = self._annealed(num_temps, num_chains, int(num_sweeps), as_seed(seed), progress)
+        found.check()
         if not self.enumerable:
             self.log_z.copy_(torch.tensor([found.value, max(found.error, 1e-12)]))
         return found
@@ -259,6 +262,7 @@ class RBM(UnnormalisedModel):
         """
         check_positive("n", n)
         check_positive("num_steps", num_steps)
+        self.check_parameters()
         if context is not None:
             self._context(context, n)
         self._asked(seed, compile, progress)

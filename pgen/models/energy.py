@@ -183,6 +183,19 @@ class EnergyBased(UnnormalisedModel):
             found["labels"] = check_labels("labels", found["labels"], len(x), self.num_labels)
         return found
 
+    def _advice(self, error: Exception, batch: Batch) -> str:
+        """What an energy that is no finite number may come from."""
+        found = super()._advice(error, batch)
+        if found or "has a log-density of" not in str(error):
+            return found
+        if bad := self._lost():
+            return f": parameter {bad!r} is not finite"
+        x = cast(dict[str, Tensor], batch)["x"]
+        return (
+            f": the energy of x in [{float(x.min()):.3g}, {float(x.max()):.3g}] is not a finite number; look for a logarithm, "
+            f"a root or an overflow in {type(self.network).__name__}"
+        )
+
     # -- the energy ---------------------------------------------------------------------------------------------------
 
     @lists_sites
@@ -254,6 +267,9 @@ class EnergyBased(UnnormalisedModel):
 
         Returns:
             The estimate, in the units of preprocessed data; ``log_prob`` goes on with it.
+
+        Raises:
+            FloatingPointError: If the energy is not a number; what was known of log Z before is then kept.
         """
         _check_annealing(num_temps, num_chains, leapfrog)
         given = self._given(context, num_chains)
@@ -299,9 +315,13 @@ class EnergyBased(UnnormalisedModel):
 
         Returns:
             Shape ``(n, *event_shape)``, in the units of the data.
+
+        Raises:
+            FloatingPointError: If a parameter, or the energy where chains begin, is not a number.
         """
         check_positive("n", n)
         check_choice("start", start, ("noise", "chains"))
+        self.check_parameters()
         asked = zip((num_temps, num_steps, leapfrog), astuple(self.tempering))
         settings, given = _tempering(*(own if wanted is None else wanted for wanted, own in asked)), self._given(context, n)
         options: dict[str, Any] = {"settings": settings, **self._asked(seed, compile, progress)}
@@ -422,9 +442,12 @@ class EnergySum:
 
         Raises:
             ValueError: If the weights leave no Gaussian term that keeps x from running away.
+            FloatingPointError: If a parameter, or the energy where chains begin, is not a number.
         """
         check_positive("n", n)
         self._check_confined()
+        for _, model in self.terms:
+            model.check_parameters()
         settings = _tempering(num_temps, num_steps, leapfrog)
         options: dict[str, Any] = {"settings": settings, "seed": as_seed(seed), "compile": compile, "progress": progress}
         with _Evaluating([model for _, model in self.terms]), torch.no_grad():

@@ -90,8 +90,25 @@ class UnnormalisedModel(GenerativeModel):
         return self.chains.clone(), [self.chains_context.clone()] if self.context_dim else []
 
     def take_normalizer(self, value: Tensor) -> None:
-        """Take over a log-normaliser that was learnt beside the model; its error is not known."""
-        self.log_z.copy_(torch.stack([value.detach().double(), torch.full_like(value, -1.0, dtype=torch.float64)]))
+        """Take over a log-normaliser that was learnt beside the model; its error is not known. One not finite is left alone."""
+        if bool(torch.isfinite(value)):
+            self.log_z.copy_(torch.stack([value.detach().double(), torch.full_like(value, -1.0, dtype=torch.float64)]))
+
+    def check_parameters(self) -> None:
+        """Refuse parameters that are not numbers, of which chains would make draws that look like any others.
+
+        Raises:
+            FloatingPointError: Naming the first of them.
+        """
+        if bad := self._lost():
+            raise FloatingPointError(
+                f"parameter {bad!r} of this {type(self).__name__} is not finite, so nothing can be drawn; fit it again, "
+                "or load a file of before"
+            )
+
+    def _lost(self) -> str:
+        """The name of the first parameter that is not finite."""
+        return next((name for name, value in self.named_parameters() if not bool(torch.isfinite(value).all())), "")
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
