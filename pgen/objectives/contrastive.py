@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
 from ..samplers.mcmc import Info, State, exchange, gibbs, hmc, langevin, start, with_gradient
-from .density import both_densities, check_without_latents, law, log_density, parts
+from .density import both_densities, check_without_latents, is_discrete, law, log_density, parts
 from .elbo import Scalars
 
 __all__ = ["Chains", "ContrastiveDivergence", "PersistentContrastiveDivergence"]
@@ -140,7 +140,7 @@ class ContrastiveDivergence:
         check_without_latents(self, model, batch)
         x, given, _ = parts(batch)
         fn = law(model, batch)
-        discrete = _discrete(fn)
+        discrete = is_discrete(fn)
         if discrete != (self.sampler == "gibbs") and not (self.sampler == "gibbs" and hasattr(fn, "gibbs")):
             what = "discrete data have no gradient: use 'gibbs'" if discrete else "real data need a gradient: use 'langevin'"
             raise ValueError(f"`sampler` is {self.sampler!r}, but {what}")
@@ -400,11 +400,3 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     def _kept(self, model: Program, batch: Batch) -> Batch:
         assert self.chains is not None
         return parts(batch)[2](self.chains.x, self.chains.given)
-
-
-def _discrete(fn: Any) -> bool:
-    """Whether x takes values without a gradient; programs with factors alone do not say."""
-    try:
-        return bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):
-        return False
