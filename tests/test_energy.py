@@ -441,6 +441,25 @@ def test_replicates_of_many_data_come_from_fewer_chains():
     assert not torch.equal(found, model.predict(torch.zeros(3, 1), 700, seed=5, progress=False)["x"])
 
 
+def test_each_context_has_few_chains_whose_draws_repeat(monkeypatch):
+    model, asked = plain(Follows(), context_dim=1), []
+    noise = seeded(lambda: torch.randn(13 * 150, 1))
+
+    def sample(n, context, **options):
+        asked.append(n)
+        return context + 0.5 * noise[:n]
+
+    monkeypatch.setattr(model, "sample", sample)
+    where = torch.linspace(-3, 3, 150)[:, None]
+    found = model.predict(torch.zeros(150, 1), 200, context=where, seed=4, progress=False)["x"]
+    assert asked == [13 * 150] and found.shape == (200, 150, 1)  # max(2000, 10 * 150) // 150 for each
+    assert all(len(found[:, row].unique()) == 13 for row in range(150))
+    assert float((found.mean(0) - where).abs().max()) < 0.7  # five standard errors, 0.5 / sqrt(13) each
+    assert len(found.reshape(200, -1).unique(dim=0)) == 200  # no two replicates are alike
+    asked.clear()
+    assert model.predict(torch.zeros(150, 1), 3, context=where, progress=False)["x"].shape == (3, 150, 1) and asked == [450]
+
+
 def test_the_classifier_is_the_softmax_of_the_logits():
     model = EnergyBased((2,), hidden=(6,), num_labels=3)
     x, y = X[:50].float(), (X[:50, 0] > 0).long() + (X[:50, 1] > 0.3).long()

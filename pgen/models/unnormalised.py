@@ -164,7 +164,8 @@ class UnnormalisedModel(GenerativeModel):
     ) -> dict[str, Tensor]:
         """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``.
 
-        Chains are dear: without a context there are ``max(2000, 10 N)`` at most, and more draws are repetitions of theirs.
+        Chains are dear: there are ``max(2000, 10 N)`` at most, with a context as many for each datum, and more draws are
+        repetitions of theirs.
         """
         options: dict[str, Any] = {"compile": compile, "progress": progress}
         return self._generated(data, num_samples, seed, context, most=fewer_draws, **options)
