@@ -301,6 +301,20 @@ def test_a_further_fit_begins_at_the_chains_that_were_kept():
         assert torch.equal(begun.chains.x, kept.repeat(3, 1)[:count])
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_further_fit_with_labels_begins_at_the_chains_that_were_kept(context_dim):
+    model, x = EnergyBased((2,), hidden=(6,), num_labels=3, context_dim=context_dim), X[:20].float()
+    labels, context = torch.arange(20) % 3, x.flip(1)
+    data = {"x": x, "labels": labels, **({"context": context} if context_dim else {})}
+    model.fit(data, steps=3, progress=False)
+    begun = PersistentContrastiveDivergence(num_chains=300).begin(model.model, model.guide, data)
+    assert torch.equal(begun.chains.x, model.chains.repeat(2, 1)[:300])
+    assert torch.equal(begun.chains.given[0], labels.repeat(15))
+    if context_dim:
+        assert torch.equal(begun.chains.given[1], model.chains_context.repeat(2, 1)[:300])
+    model.fit(data, steps=2, progress=False)
+
+
 def test_some_chains_begin_anew_where_data_are():
     x = 5 + 3 * X
     objective = PersistentContrastiveDivergence(1, num_chains=4000, restart=0.25).begin(Quadratic(), lambda x: None, (x,))
@@ -571,6 +585,78 @@ def test_each_context_has_a_law_of_its_own():
     assert model.log_prob(x[:2], where[:2]).kind == "unnormalised"  # one number would not do for all contexts
     with pytest.raises(ValueError, match="give `context`"):
         model.sample(3)
+
+
+class Classes(nn.Module):
+    """log p(x, y) of classes of shares 1 : 3 with p(x | y) = N(m_y, 1 / 4), m = -1, 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.precision = nn.Parameter(torch.tensor(4.0))
+        self.register_buffer("centre", torch.tensor([-1.0, 2.0]))
+
+    def forward(self, x):
+        return -0.5 * self.precision * (x - self.centre).square() + torch.tensor([1.0, 3.0]).log()
+
+
+def barely_confined(model):
+    """The Gaussian term lets sums be drawn from, and is too wide to matter."""
+    model.confine, model.scale[:], model.data_scale[:] = True, 1e3, 2.0
+    return model
+
+
+FEW = {"num_temps": 40, "num_steps": 15, "progress": False}
+
+
+def test_energies_at_contexts_are_added():
+    """N(0, 1/4) times N(2, 1/4) is N(1, 1/8), and its Z the integral of exp(-4 (x - 1)^2 - 4)."""
+    model, x = barely_confined(plain(Follows(), context_dim=1)), torch.linspace(-1, 3, 7)[:, None]
+    zero, two = model.at(context=[0.0]), model.at(context=torch.tensor([[2.0]]))
+    torch.testing.assert_close(two.log_prob(x).value, model.log_prob(x, torch.full((7, 1), 2.0)).value)
+    both = zero + 1.0 * two
+    torch.testing.assert_close(both.energy(x)[:, None], (4 * (x - 1).square() + 4).double(), atol=1e-4, rtol=1e-4)
+    drawn = both.sample(600, **FEW)
+    assert float(drawn.mean()) == pytest.approx(1, abs=0.07) and float(drawn.var()) == pytest.approx(1 / 8, abs=0.03)
+    found = both.log_normalizer(num_temps=30, num_chains=40, leapfrog=3, progress=False)
+    assert found.lower < 0.5 * math.log(2 * math.pi / 8) - 4 < found.upper
+    other = barely_confined(plain(Bowl()))
+    torch.testing.assert_close((zero + other).energy(x), zero.energy(x) + other.energy(x))
+    with pytest.raises(ValueError, match=r"an energy with a context has a law for each of them: add model.at\(context=...\)"):
+        model + other
+    with pytest.raises(ValueError, match=r"context_dim=1; give `context`"):
+        model.at()
+    with pytest.raises(ValueError, match="made without context"):
+        other.at(context=[1.0])
+
+
+def test_each_class_has_a_law_of_its_own():
+    model, x = barely_confined(plain(Classes(), num_labels=2)), torch.linspace(-2, 3, 6)[:, None]
+    one = model.at(label=1)
+    y = torch.ones(6, dtype=torch.int64)
+    torch.testing.assert_close(one.log_prob(x).value, model.log_prob({"x": x, "labels": y}).value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.energy(x)[:, None], (2 * (x - 2).square() - math.log(3)).double(), atol=1e-4, rtol=1e-4)
+    for drawn in (one.sample(500, **FEW), model.sample(500, label=1, **FEW)):
+        assert float(drawn.mean()) == pytest.approx(2, abs=0.1) and float(drawn.std()) == pytest.approx(0.5, abs=0.07)
+    assert bool((model.predict_proba(drawn).argmax(1) == 1).float().mean() > 0.98)
+    torch.testing.assert_close((one - 0.5 * model.at(label=0)).energy(x), one.energy(x) - 0.5 * model.at(label=0).energy(x))
+    for label in (2, -1, 0.5, "cat"):
+        with pytest.raises(ValueError, match="`label` should be one class, 0 to 1, got"):
+            model.at(label=label)
+    with pytest.raises(ValueError, match=r"made without classes; make it with num_labels=... to ask for a `label`"):
+        plain(Bowl()).sample(3, label=0)
+    model.chains.zero_()
+    with pytest.raises(ValueError, match="chains are kept for no single class; use start='noise'"):
+        model.sample(3, label=0, start="chains")
+
+
+def test_a_class_of_dequantised_data_is_drawn():
+    x = torch.arange(60.0).reshape(30, 2) % 4
+    model = EnergyBased((2,), hidden=(4,), num_labels=2, preprocess=pgen.data.Dequantize(4))
+    model.fit({"x": x, "labels": torch.arange(30) % 2}, steps=1, progress=False)
+    drawn = model.sample(5, label=1, num_temps=3, num_steps=1, progress=False)
+    assert drawn.shape == (5, 2) and bool((drawn == drawn.round()).all())
+    with pytest.raises(ValueError, match=r"nor taken at a context or class: .* model.sample\(n, context, label=...\)"):
+        model.at(label=1)
 
 
 def test_waves_of_standardised_data_stand_beside_them(tmp_path):

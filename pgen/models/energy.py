@@ -6,7 +6,8 @@ The second term, with the data's own means m and standard deviations s, makes ev
 a density. With classes, the network gives one logit each and :math:`e(x) = -\log \sum_y \exp f_y(x)`, so that
 :math:`p(y \mid x)` is their softmax: a classifier that is a density too.
 
-Energies add up: ``a + b`` is the product of two densities, ``a - 0.5 * b`` turns one away from another.
+Energies add up: ``a + b`` is the product of two densities, ``a - 0.5 * b`` turns one away from another. One with a context has
+a density for each of them, ``a.at(context=c)``, and one with classes a density for each class, ``a.at(label=y)``.
 
 LeCun et al. (2006), A tutorial on energy-based learning; Du and Mordatch (2019), arXiv:1903.08689; Grathwohl et al. (2020),
 Your classifier is secretly an energy based model, arXiv:1912.03263; Hinton (2002), doi:10.1162/089976602760128018 (products of
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,18 +216,21 @@ class EnergyBased(UnnormalisedModel):
             raise ValueError(f"`energy` should give shape {wanted} for {len(x)} data, got {tuple(out.shape)}")
         return out
 
-    def _energy(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """E(x) of preprocessed x, ``(N,)``."""
+    def _energy(self, x: Tensor, context: Tensor | None = None, label: int | None = None) -> Tensor:
+        """E(x) of preprocessed x, ``(N,)``; with a class y, minus log p(x, y) up to the same constant."""
         out = self._outputs(x, context)
-        energy = -out.logsumexp(1) if self.num_labels else out.reshape(-1)
+        energy = out.reshape(-1) if not self.num_labels else -out.logsumexp(1) if label is None else -out[:, label]
         return energy + 0.5 * ((x - self.loc) / self.scale).square().flatten(1).sum(1) if self.confine else energy
 
-    def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) without its normaliser in the units of the data, as a tensor with a gradient, ``(N,)``."""
+    def log_density(self, x: Tensor, context: Tensor | None = None, label: int | None = None) -> Tensor:
+        """log p(x) without its normaliser in the units of the data, as a tensor with a gradient, ``(N,)``.
+
+        With ``label`` y it is log p(x, y), less the same constant.
+        """
         if self.preprocess is None:
-            return -self._energy(x, context)
-        y, log_det = self.preprocess.forward_with_log_det(x)
-        return log_det - self._energy(y, context)
+            return -self._energy(x, context, label)
+        u, log_det = self.preprocess.forward_with_log_det(x)
+        return log_det - self._energy(u, context, label)
 
     def predict_proba(self, x: Any, context: Any = None) -> Tensor:
         """p(y | x), the softmax of the logits, ``(N, num_labels)``.
@@ -290,6 +294,7 @@ class EnergyBased(UnnormalisedModel):
         n: int = 1,
         context: Any = None,
         *,
+        label: int | None = None,
         start: str = "noise",
         num_temps: int | None = None,
         num_steps: int | None = None,
@@ -303,6 +308,7 @@ class EnergyBased(UnnormalisedModel):
         Args:
             n: How many.
             context: One context for all, shape ``(1, context_dim)``, or one for each.
+            label: y, one class for all: draws are then of p(x | y).
             start: ``"noise"``: a population that is led from a Gaussian to the model, weighed and resampled on the way;
                 ``"chains"``: those that the last fit kept (256, repeated where more are asked for), moved on by ``num_steps``.
                 In many dimensions these have the modes' shares better than a population from noise.
@@ -326,27 +332,66 @@ class EnergyBased(UnnormalisedModel):
         settings, given = _tempering(*(own if wanted is None else wanted for wanted, own in asked)), self._given(context, n)
         options: dict[str, Any] = {"settings": settings, **self._asked(seed, compile, progress)}
 
-        def log_density(x: Tensor, *context: Tensor) -> Tensor:
-            return -self._energy(x, *context)
+        y = self._class(label)
+
+        def log_density(x: Tensor, context: Tensor | None = None) -> Tensor:
+            return -self._energy(x, context, y)
 
         with isolated(self.home), _evaluating(self), torch.no_grad():
             if start == "noise":
                 x = tempered(log_density, self.loc, self.scale, int(n), given, **options)
             else:
-                x = move_on(log_density, self.loc, self.scale, self._kept(int(n), given), given, **options)
+                x = move_on(log_density, self.loc, self.scale, self._kept(int(n), given, y), given, **options)
             return x if self.preprocess is None else self.preprocess.inverse(x)
 
     def _given(self, context: Any, n: int) -> list[Tensor]:
         return [] if context is None and not self.context_dim else [self._like(self._context(context, n))]
 
-    def _kept(self, n: int, given: Sequence[Tensor]) -> Tensor:
+    def _class(self, label: Any) -> int | None:
+        """One class, checked."""
+        if label is None:
+            return None
+        if not self.num_labels:
+            raise ValueError("this energy was made without classes; make it with num_labels=... to ask for a `label`")
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number not in range(self.num_labels):
+            raise ValueError(f"`label` should be one class, 0 to {self.num_labels - 1}, got {label!r:.60}")
+        return int(number)
+
+    def _kept(self, n: int, given: Sequence[Tensor], label: int | None) -> Tensor:
         kept = self.kept_chains()
-        if kept is None or given:
-            why = "chains are kept for no single context" if given else "the last fit kept no chains"
+        if kept is None or given or label is not None:
+            what = "context" if given else "class"
+            why = "the last fit kept no chains" if kept is None else f"chains are kept for no single {what}"
             raise ValueError(f"start='chains' is not possible: {why}; use start='noise'")
         return kept[0][torch.arange(n, device=self.loc.device) % len(kept[0])]
 
     # -- composition --------------------------------------------------------------------------------------------------
+
+    def at(self, *, context: Any = None, label: int | None = None) -> EnergySum:
+        """The density of x at one context, or within one class, to draw from and to be added to others.
+
+        Args:
+            context: c, shape ``(context_dim,)`` or ``(1, context_dim)``: the density is p(x | c).
+            label: y, a class: the density is p(x | y).
+
+        Returns:
+            A sum of one energy, which has ``sample``, ``log_prob`` and ``log_normalizer`` of its own.
+
+        Example:
+            >>> model = EnergyBased((2,), num_labels=3)
+            >>> both = model.at(label=0) + model.at(label=2)  # what is likely in both classes
+            >>> both.log_prob(torch.zeros(4, 2)).kind
+            'unnormalised'
+        """
+        if context is not None:
+            context = torch.as_tensor(context)
+            context = context[None] if context.dim() == 1 else context
+        given = self._given(context, 1)
+        return EnergySum([(1.0, _Expert(self, given[0] if given else None, self._class(label)))])
 
     def __add__(self, other: Any) -> EnergySum:
         """The product of two densities."""
@@ -367,30 +412,49 @@ class EnergyBased(UnnormalisedModel):
         return EnergySum([(-1.0, self)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Expert:
+    """A model's density of x alone: at one context ``(1, context_dim)`` and within one class, where it has them."""
+
+    model: EnergyBased
+    context: Tensor | None = None
+    label: int | None = None
+
+    def log_density(self, x: Tensor) -> Tensor:
+        context = None if self.context is None else self.context.to(x).expand(len(x), -1)
+        return self.model.log_density(x, context, self.label)
+
+
 class EnergySum:
     r"""A weighted sum of energies: the product of densities to powers, :math:`p(x) \propto \prod_k p_k(x)^{w_k}`.
 
-    Made by ``a + b``, ``2 * a``, ``a - 0.5 * b`` of ``EnergyBased`` models over one kind of x; each keeps its preprocessing.
-    It is not trained, and not saved: its parts are.
+    Made by ``a + b``, ``2 * a``, ``a - 0.5 * b`` of ``EnergyBased`` models over one kind of x, or by ``a.at(context=...)`` and
+    ``a.at(label=...)``; each keeps its preprocessing. It is not trained, and not saved: its parts are.
 
     Args:
-        terms: Weights and models.
+        terms: Weights and models, or models at a context or class.
 
     References:
         Hinton (2002), doi:10.1162/089976602760128018; Du, Li, Mordatch (2020), arXiv:2004.06030, section 3 (conjunction and
         negation).
     """
 
-    def __init__(self, terms: Sequence[tuple[float, EnergyBased]]) -> None:
-        self.terms = tuple((float(weight), model) for weight, model in terms)
-        first = self.terms[0][1]
-        for weight, model in self.terms:
+    def __init__(self, terms: Sequence[tuple[float, EnergyBased | _Expert]]) -> None:
+        self.terms: tuple[tuple[float, _Expert], ...] = tuple(
+            (float(weight), _Expert(own) if isinstance(own, EnergyBased) else own) for weight, own in terms
+        )
+        first = self.terms[0][1].model
+        for weight, expert in self.terms:
+            model = expert.model
             if model.event_shape != first.event_shape:
                 raise ValueError(f"energies of data of shapes {first.event_shape} and {model.event_shape} cannot be added")
-            if model.context_dim:
-                raise ValueError("an energy with a context cannot be added: it has a law for each context")
+            if model.context_dim and expert.context is None:
+                raise ValueError("an energy with a context has a law for each of them: add model.at(context=...)")
             if model.preprocess is not None and model.preprocess.kind != "exact":
-                raise ValueError("an energy of dequantised data cannot be added: its preprocessing draws noise")
+                raise ValueError(
+                    "an energy of dequantised data cannot be added, nor taken at a context or class: its preprocessing draws "
+                    "noise; draw with model.sample(n, context, label=...)"
+                )
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of an energy should be a finite number, got {weight}")
         self.event_shape = first.event_shape
@@ -419,14 +483,14 @@ class EnergySum:
 
     def log_density(self, x: Tensor) -> Tensor:
         """The weighted sum of log-densities without normaliser, as a tensor with a gradient, ``(N,)`` nats."""
-        parts = [weight * model.log_density(x) for weight, model in self.terms]
+        parts = [weight * expert.log_density(x) for weight, expert in self.terms]
         return sum(parts[1:], parts[0])
 
     def log_prob(self, x: Any) -> Score:
         """Log-density of each datum, ``unnormalised``."""
-        models = [model for _, model in self.terms]
-        batch = models[0]._batch("x", x)
-        with torch.no_grad(), _Evaluating(models):
+        first = self.terms[0][1]
+        batch = first.model._batch("x", x, first.context)
+        with torch.no_grad(), _Evaluating(self._models):
             value = self.log_density(batch["x"]).double()
         return Score(value, "unnormalised", math.prod(self.event_shape), measure="density")
 
@@ -446,11 +510,11 @@ class EnergySum:
         """
         check_positive("n", n)
         self._check_confined()
-        for _, model in self.terms:
+        for model in self._models:
             model.check_parameters()
         settings = _tempering(num_temps, num_steps, leapfrog)
         options: dict[str, Any] = {"settings": settings, "seed": as_seed(seed), "compile": compile, "progress": progress}
-        with _Evaluating([model for _, model in self.terms]), torch.no_grad():
+        with _Evaluating(self._models), torch.no_grad():
             return tempered(self.log_density, *self._reference(), int(n), held=self._held(), **options)
 
     def log_normalizer(
@@ -461,26 +525,32 @@ class EnergySum:
         _check_annealing(num_temps, num_chains, leapfrog)
         draws = self.sample(num_chains, seed=seed, compile=compile, progress=progress)
         options: dict[str, Any] = {"seed": as_seed(seed), "compile": compile, "progress": progress, "held": self._held()}
-        with isolated(), _Evaluating([model for _, model in self.terms]), torch.no_grad():
+        with isolated(), _Evaluating(self._models), torch.no_grad():
             law = (self.log_density, *self._reference(), draws)
             return settled(
                 lambda count: annealed_normalizer(*law, settings=AIS(count, num_chains, leapfrog), **options), num_temps
             )
 
+    @property
+    def _models(self) -> list[EnergyBased]:
+        return list({id(expert.model): expert.model for _, expert in self.terms}.values())
+
     def _held(self) -> list[Tensor]:
-        found = {id(t): t for _, model in self.terms for t in (*model.parameters(), *model.buffers())}
-        return list(found.values())
+        own = [t for model in self._models for t in (*model.parameters(), *model.buffers())]
+        contexts = [expert.context for _, expert in self.terms if expert.context is not None]
+        return list({id(t): t for t in (*own, *contexts)}.values())
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a Gaussian that covers the data of all parts of positive weight."""
-        own = [model for weight, model in self.terms if weight > 0]
+        own = [expert.model for weight, expert in self.terms if weight > 0]
         low = torch.stack([m.data_loc - m.data_scale for m in own]).amin(0)
         high = torch.stack([m.data_loc + m.data_scale for m in own]).amax(0)
         return (low + high) / 2, (high - low) / 2
 
     def _check_confined(self) -> None:
         """Refuse a sum whose density grows without end."""
-        total = sum(weight * (1 / model.data_scale.square()) for weight, model in self.terms if model.confine)
+        confined = [(weight, expert.model) for weight, expert in self.terms if expert.model.confine]
+        total = sum(weight * (1 / model.data_scale.square()) for weight, model in confined)
         if not isinstance(total, Tensor) or not bool((total > 0).all()):
             weights = ", ".join(f"{weight:g}" for weight, _ in self.terms)
             raise ValueError(

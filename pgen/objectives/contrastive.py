@@ -304,11 +304,15 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
             raise ValueError(f"`restart` should be a probability below 1, such as 0.05, got {self.restart}")
 
     def _first(self, model: Program, x: Tensor, given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The chains that the model has kept of an earlier fit, as often as there is room, or random data."""
+        """The chains that the model has kept of an earlier fit, as often as there is room, or random data.
+
+        Contexts are kept too. What comes before them, labels, has no part in the chains' law, and is the data's.
+        """
         kept = getattr(getattr(model, "__self__", None), "kept_chains", lambda: None)()
-        if kept is not None and len(kept[1]) == len(given):
-            rows = torch.arange(self.num_chains, device=x.device) % len(kept[0])
-            return kept[0][rows], [tensor[rows] for tensor in kept[1]]
+        if kept is not None and len(kept[1]) <= len(given):
+            order = torch.arange(self.num_chains, device=x.device)
+            rows, others = order % len(kept[0]), given[: len(given) - len(kept[1])]
+            return kept[0][rows], [*(tensor[order % len(x)] for tensor in others), *(tensor[rows] for tensor in kept[1])]
         rows = torch.randint(len(x), (self.num_chains,), device=x.device)
         return x[rows], [tensor[rows] for tensor in given]
 
