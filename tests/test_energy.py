@@ -564,6 +564,17 @@ def test_chains_that_stand_still_are_told():
     assert objective.concerns({**short, "acceptance": 0 * steps[:100]}) == {}
 
 
+def test_labels_that_teach_no_class_are_named():
+    x = X[:12].float()
+    with pytest.raises(ValueError, match="every datum has label 1, from which no class is learnt: give data of two classes"):
+        EnergyBased((2,), num_labels=3).fit({"x": x, "labels": torch.ones(12)}, steps=1, progress=False)
+    with pytest.warns(UserWarning, match="no datum has label 1, 3 of num_labels=4: "):
+        EnergyBased((2,), num_labels=4).fit({"x": x, "labels": 2 * (torch.arange(12) % 2)}, steps=1, progress=False)
+    stream = EnergyBased((2,), num_labels=3)
+    stream.num_rows = 100
+    stream.prime({"x": x, "labels": torch.ones(12, dtype=torch.int64)})  # the other rows may have other labels
+
+
 class Follows(nn.Module):
     """N(c, 1 / 4) given a context c."""
 

@@ -17,6 +17,7 @@ experts); Du, Li, Mordatch (2020), Compositional visual generation with energy b
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -151,7 +152,7 @@ class EnergyBased(UnnormalisedModel):
         """Take the means and standard deviations of the data, raw and preprocessed.
 
         Raises:
-            ValueError: If the model has classes and the data no labels.
+            ValueError: If the model has classes and the data no labels, or labels of one class alone.
         """
         batch = cast(dict[str, Tensor], data)
         if self.num_labels and "labels" not in batch:
@@ -159,12 +160,32 @@ class EnergyBased(UnnormalisedModel):
                 f"this model has num_labels={self.num_labels} and was given no labels, so that its classes would mean nothing; "
                 'use fit({"x": x, "labels": y}), or leave num_labels out'
             )
+        if self.num_labels:
+            self._check_classes(batch["labels"])
         with torch.no_grad():
             places = ((self.loc, self.scale, self._prepared(batch)[0]["x"]), (self.data_loc, self.data_scale, batch["x"]))
             for loc, scale, x in places:
                 sd = x.std(0, correction=0)
                 loc.copy_(x.mean(0))
                 scale.copy_(sd.clamp(min=0.1 * float(sd.mean())) if float(sd.mean()) > 0 else torch.ones_like(sd))
+
+    def _check_classes(self, labels: Tensor) -> None:
+        """Refuse labels of a single class, and warn of classes of which there are none; rows of a stream are not all here."""
+        if len(labels) < max(self.num_rows, 2):
+            return
+        counts = torch.bincount(labels, minlength=self.num_labels)
+        never = (counts == 0).nonzero().flatten().tolist()
+        if len(never) == self.num_labels - 1:
+            raise ValueError(
+                f"every datum has label {int(labels[0])}, from which no class is learnt: give data of two classes or more, or "
+                "leave num_labels out"
+            )
+        if never:
+            which = ", ".join(map(str, never[:5])) + (", ..." if len(never) > 5 else "")
+            warnings.warn(
+                f"no datum has label {which} of num_labels={self.num_labels}: p(y | x) and draws of such classes mean nothing",
+                stacklevel=2,
+            )
 
     def default_objective(self) -> PersistentContrastiveDivergence:
         """Persistent chains of Langevin steps with Metropolis' correction at eight temperatures."""
