@@ -521,7 +521,7 @@ def test_slips_are_named(tmp_path):
         EnergyBased((2,), num_labels=1)
     with pytest.raises(ValueError, match="Bowl is a module of your own, which no file can hold"):
         plain(Bowl()).save(tmp_path / "model.pgen")
-    with pytest.raises(ValueError, match=r"`energy` should give shape \(20,\) for 20 data, got \(20, 3\)"):
+    with pytest.raises(ValueError, match=r"`energy` should give shape \(2,\) for 2 data, got \(2, 3\)"):
         EnergyBased((2,), nn.Linear(2, 3)).fit(X[:20].float(), steps=1, progress=False)
     with pytest.raises(ValueError, match=r"energy='conv' needs images .* got event shape \(2,\)"):
         EnergyBased((2,), "conv")
@@ -549,6 +549,23 @@ def test_slips_are_named(tmp_path):
         pgen.models.VAE((2,), latent_dim=1, likelihood="gaussian").fit(
             X[:20].float(), objective=DenoisingScoreMatching(), steps=1, progress=False
         )
+
+
+def test_energies_that_are_no_networks_are_named():
+    class Known(nn.Module):
+        def forward(self, x):
+            return x.square().sum(1)
+
+    for energy, got in ((lambda x: x.sum(1), "function"), (Bowl, "the class Bowl; give an instance"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"`energy` should be 'dense', 'conv' or a torch.nn.Module .* got {got}$"):
+            EnergyBased((2,), energy)
+    with pytest.raises(ValueError, match="`energy` Known has no parameters, so that there is nothing to fit"):
+        EnergyBased((2,), Known())
+    with pytest.raises(ValueError, match=r"`energy` Linear was given x of shape \(N, 2\): .*shapes cannot be multiplied"):
+        EnergyBased((2,), nn.Linear(5, 1)).fit(X[:20].float(), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"`energy` should give shape \(2, 3\) for 2 data, got \(2, 1\)"):
+        labelled = {"x": X[:20].float(), "labels": torch.arange(20) % 3}
+        EnergyBased((2,), nn.Linear(2, 1), num_labels=3).fit(labelled, steps=1, progress=False)
 
 
 def test_chains_that_stand_still_are_told():

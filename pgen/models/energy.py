@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..base import _evaluating
 from ..contracts import Batch, NotAvailable, Score, Seed, as_seed, as_sizes, check_choice, check_positive
+from ..data.batches import key
 from ..data.transforms import Transform
 from ..distributions.energy import Unnormalised
 from ..evaluation.annealing import AIS
@@ -37,7 +38,7 @@ from ..evaluation.normalizer import LogNormalizer, annealed_normalizer, settled
 from ..evaluation.tempering import Tempering, move_on, tempered
 from ..nn import ACTIVATIONS, MLP, waves
 from ..objectives import PersistentContrastiveDivergence
-from ..programs import Sites, isolated, lists_sites
+from ..programs import Sites, isolated, keyed_rng, lists_sites
 from ..training import Adam, Training
 from .unnormalised import UnnormalisedModel
 
@@ -59,7 +60,7 @@ class EnergyBased(UnnormalisedModel):
     Args:
         event_shape: Shape of one datum.
         energy: e: ``"dense"``, ``"conv"`` (images ``(H, W)`` or ``(C, H, W)``), or a module from x ``(N, *event_shape)`` (and
-            context) to ``(N,)``, or ``(N, K)`` logits. A model with a module of your own cannot be saved.
+            context) to ``(N,)``, or ``(N, K)`` logits, with parameters. A model with a module of your own cannot be saved.
         hidden: Sizes of the hidden layers of ``"dense"``; channels of the layers of ``"conv"``, each of which halves the
             image but the first.
         activation: By name; smooth ones, as chains follow the gradient.
@@ -113,7 +114,7 @@ class EnergyBased(UnnormalisedModel):
         self.register_buffer("data_scale", torch.ones(self.event_shape))
         self.network_name = energy if isinstance(energy, str) else ""
         with self.initial_weights(seed):
-            self.network = self._network(energy) if isinstance(energy, str) else energy
+            self.network = self._network(energy) if isinstance(energy, str) else _own_module(energy)
         self.own = not self.network_name
 
     data_loc: Tensor
@@ -205,6 +206,23 @@ class EnergyBased(UnnormalisedModel):
             found["labels"] = check_labels("labels", found["labels"], len(x), self.num_labels)
         return found
 
+    def _begun(self, objective: Any, data: Batch, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
+        if self.own:
+            self._check_network(cast(dict[str, Tensor], data), seed)
+        return super()._begun(objective, data, seed, device, dtype)
+
+    def _check_network(self, data: dict[str, Tensor], seed: int) -> None:
+        """A network of the user's own takes the shape of the data."""
+        first = {name: value[:2] for name, value in data.items()}
+        with isolated(self.home), keyed_rng(key(seed, "network"), self.loc.device), _evaluating(self), torch.no_grad():
+            try:
+                self._outputs(self._prepared(first)[0]["x"], first.get("context"))
+            except (RuntimeError, TypeError) as error:
+                shapes = [f"({', '.join(map(str, ('N', *self.event_shape)))})", f"(N, {self.context_dim})"]
+                seen = f"x of shape {shapes[0]}" + (f" and a context of shape {shapes[1]}" if self.context_dim else "")
+                text = " ".join(str(error).split())[:300]
+                raise ValueError(f"`energy` {type(self.network).__name__} was given {seen}: {text}") from error
+
     def _advice(self, error: Exception, batch: Batch) -> str:
         """What an energy that is no finite number may come from."""
         found = super()._advice(error, batch)
@@ -233,7 +251,7 @@ class EnergyBased(UnnormalisedModel):
         arguments = [seen] if context is None else [seen, context]
         out = self.network(*arguments)
         wanted = (len(x), self.num_labels) if self.num_labels else (len(x),)
-        if tuple(out.shape) not in (wanted, (len(x), 1)):
+        if tuple(out.shape) != wanted and (self.num_labels or tuple(out.shape) != (len(x), 1)):
             raise ValueError(f"`energy` should give shape {wanted} for {len(x)} data, got {tuple(out.shape)}")
         return out
 
@@ -605,6 +623,19 @@ def _tempering(num_temps: int, num_steps: int, leapfrog: int) -> Tempering:
     for name, value in (("num_temps", num_temps), ("num_steps", num_steps), ("leapfrog", leapfrog)):
         check_positive(name, value)
     return Tempering(int(num_temps), int(num_steps), int(leapfrog))
+
+
+def _own_module(energy: Any) -> nn.Module:
+    """An energy of the user's own, checked."""
+    if not isinstance(energy, nn.Module):
+        got = f"the class {energy.__name__}; give an instance" if isinstance(energy, type) else type(energy).__name__
+        raise TypeError(f"`energy` should be 'dense', 'conv' or a torch.nn.Module from x to (N,), got {got}")
+    if next(energy.parameters(), None) is None:
+        raise ValueError(
+            f"`energy` {type(energy).__name__} has no parameters, so that there is nothing to fit; give it one, such as a "
+            "factor torch.nn.Parameter(torch.ones(()))"
+        )
+    return energy
 
 
 class _Dense(nn.Module):
