@@ -392,6 +392,31 @@ def test_the_normaliser_lies_between_its_bounds():
     assert float(score.mc_error[0]) == pytest.approx(found.error)
 
 
+@pytest.mark.parametrize("family", ["energy", "rbm"])
+def test_noise_of_dequantised_data_is_keyed(family):
+    """Whatever came before, answers are the same, and torch's own generator is where it was."""
+    x = torch.arange(24.0).reshape(12, 2) % 3
+    preprocess = pgen.data.Dequantize(3)
+    if family == "rbm":
+        model = pgen.models.RBM((2,), 3, visible="gaussian", preprocess=preprocess)
+        model.fit(x, steps=1, progress=False)
+        ask = (lambda: model.log_normalizer("ais", num_temps=4, num_chains=5).upper, lambda: model.hidden(x))
+    else:
+        model = EnergyBased((2,), hidden=(4,), num_labels=3, preprocess=preprocess, tempering=(3, 1, 1))
+        model.fit({"x": x, "labels": torch.arange(12) % 3}, steps=1, progress=False)
+        options = {"num_temps": 3, "num_chains": 5, "leapfrog": 1, "progress": False}
+        ask = (lambda: model.log_normalizer(**options).upper, lambda: model.predict_proba(x))
+    with torch.random.fork_rng():
+        for question in ask:
+            found = []
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                before = torch.get_rng_state()
+                found.append(torch.as_tensor(question()))
+                assert torch.equal(torch.get_rng_state(), before)
+            assert torch.equal(*found)
+
+
 def test_temperatures_are_added_until_the_error_is_small():
     def estimate(error, gap):
         return lambda count: LogNormalizer(1.0, error / count, 0.0, gap / count, count, 10)

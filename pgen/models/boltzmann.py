@@ -158,7 +158,7 @@ class RBM(UnnormalisedModel):
     def hidden(self, x: Any) -> Tensor:
         """p(h = 1 | v) of each hidden unit, ``(N, num_hidden)``."""
         batch = self._batch("x", x)
-        with torch.no_grad():
+        with torch.no_grad(), keyed_rng(key(0, "prepare"), self.weight.device):
             return self.distribution().hidden(self._prepared(batch)[0]["x"].flatten(1)).sigmoid()
 
     # -- the normaliser -----------------------------------------------------------------------------------------------
@@ -225,7 +225,8 @@ class RBM(UnnormalisedModel):
         betas = schedule(num_temps, STEEPNESS).tolist()
         start = self.sample(num_chains, seed=key(seed, "backward"), progress=progress)
         with torch.no_grad(), Progress(2 * num_temps, progress, QUIET_SECONDS) as bar:
-            ends = self._prepared({"x": place(start, device, self.weight.dtype)})[0]["x"].flatten(1).double()
+            with keyed_rng(key(seed, "prepare"), device):  # it may draw noise
+                ends = self._prepared({"x": place(start, device, self.weight.dtype)})[0]["x"].flatten(1).double()
             with keyed_rng(key(seed, "forward"), device):
                 known = base.expand(num_chains, -1)
                 position = torch.bernoulli(known.sigmoid()) if self.visible == "bernoulli" else known + torch.randn_like(known)

@@ -280,7 +280,7 @@ class EnergyBased(UnnormalisedModel):
         if not self.num_labels:
             raise NotAvailable("this energy has no classes; make it with num_labels=..., or use GenerativeClassifier")
         batch = self._batch("x", x, context)
-        with torch.no_grad(), _evaluating(self):
+        with torch.no_grad(), _evaluating(self), keyed_rng(key(0, "prepare"), self.loc.device):
             return self._outputs(self._prepared(batch)[0]["x"], batch.get("context")).softmax(1)
 
     # -- normaliser and samples ---------------------------------------------------------------------------------------
@@ -319,7 +319,8 @@ class EnergyBased(UnnormalisedModel):
         draws = self.sample(num_chains, context, seed=seed, compile=compile, progress=progress)
         options = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            ends = self._prepared({"x": self._like(draws)})[0]["x"]
+            with keyed_rng(key(options["seed"], "prepare"), self.loc.device):  # it may draw noise
+                ends = self._prepared({"x": self._like(draws)})[0]["x"]
             law = (lambda x, *context: -self._energy(x, *context), self.loc, self.scale, ends, given)
             found = settled(
                 lambda count: annealed_normalizer(*law, settings=AIS(count, num_chains, leapfrog), **options), num_temps
