@@ -11,11 +11,11 @@ from cases import seeded
 from torch import nn
 
 import pgen
-from pgen.data import Standardize
+from pgen.data import Dequantize, Standardize
 from pgen.distributions.energy import Unnormalised
 from pgen.evaluation.normalizer import LogNormalizer, settled
 from pgen.evaluation.tempering import _in_neighbourhoods, _resampled
-from pgen.models import EnergyBased, Gaussian
+from pgen.models import RBM, EnergyBased, Gaussian
 from pgen.objectives import (
     ContrastiveDivergence,
     DenoisingScoreMatching,
@@ -396,9 +396,9 @@ def test_the_normaliser_lies_between_its_bounds():
 def test_noise_of_dequantised_data_is_keyed(family):
     """Whatever came before, answers are the same, and torch's own generator is where it was."""
     x = torch.arange(24.0).reshape(12, 2) % 3
-    preprocess = pgen.data.Dequantize(3)
+    preprocess = Dequantize(3)
     if family == "rbm":
-        model = pgen.models.RBM((2,), 3, visible="gaussian", preprocess=preprocess)
+        model = RBM((2,), 3, visible="gaussian", preprocess=preprocess)
         model.fit(x, steps=1, progress=False)
         ask = (lambda: model.log_normalizer("ais", num_temps=4, num_chains=5).upper, lambda: model.hidden(x))
     else:
@@ -617,6 +617,31 @@ def test_labels_that_teach_no_class_are_named():
     stream.prime({"x": x, "labels": torch.ones(12, dtype=torch.int64)})  # the other rows may have other labels
 
 
+def test_data_in_units_that_do_not_suit_are_named():
+    x = X[:30].float()
+    units = RBM((2,), 2, visible="gaussian")
+    levels = EnergyBased((2,), preprocess=Dequantize(8))
+    cases = {
+        r"x lies in .*, with a standard deviation .*, and EnergyBased .*: use preprocess=": (EnergyBased((2,)), 1000 + x),
+        r"and EnergyBased takes numbers about 0 .*: use": (EnergyBased((2,)), 0.05 * x),
+        r"and RBM takes numbers about 0 .*: use": (units, 1000 + 100 * x),
+        r"after `preprocess`.*: end `preprocess` with pgen": (levels, torch.full((30, 2), 4.0)),
+    }
+    for words, (model, data) in cases.items():
+        with pytest.warns(UserWarning, match=words):
+            model.prime({"x": data})
+    for model, data in (
+        (EnergyBased((2,), octaves=2), 1000 * x),
+        (EnergyBased((2,), Bowl()), 1000 * x),
+        (EnergyBased((2,), preprocess=Standardize()), 1000 * x),
+        (EnergyBased((2,)), 8 * x),
+        (EnergyBased((2,)), 0.2 * x),
+    ):
+        if model.preprocess is not None:
+            model.preprocess.fit(data)
+        model.prime({"x": data})
+
+
 class Follows(nn.Module):
     """N(c, 1 / 4) given a context c."""
 
@@ -704,7 +729,7 @@ def test_each_class_has_a_law_of_its_own():
 
 def test_a_class_of_dequantised_data_is_drawn():
     x = torch.arange(60.0).reshape(30, 2) % 4
-    model = EnergyBased((2,), hidden=(4,), num_labels=2, preprocess=pgen.data.Dequantize(4))
+    model = EnergyBased((2,), hidden=(4,), num_labels=2, preprocess=Dequantize(4))
     model.fit({"x": x, "labels": torch.arange(30) % 2}, steps=1, progress=False)
     drawn = model.sample(5, label=1, num_temps=3, num_steps=1, progress=False)
     assert drawn.shape == (5, 2) and bool((drawn == drawn.round()).all())

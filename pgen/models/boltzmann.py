@@ -113,6 +113,8 @@ class RBM(UnnormalisedModel):
     def prime(self, data: Batch) -> None:
         """Start at independent visible units with the data's own means."""
         x = self._prepared(data)[0]["x"]
+        if self.visible == "gaussian":
+            self._warn_of_scale(x)
         with torch.no_grad():
             self.loc.copy_(x.mean(0))
             mean = x.flatten(1).mean(0)

@@ -164,7 +164,10 @@ class EnergyBased(UnnormalisedModel):
         if self.num_labels:
             self._check_classes(batch["labels"])
         with torch.no_grad():
-            places = ((self.loc, self.scale, self._prepared(batch)[0]["x"]), (self.data_loc, self.data_scale, batch["x"]))
+            prepared = self._prepared(batch)[0]["x"]
+            if not (self.own or self.octaves):  # waves are of standardised x
+                self._warn_of_scale(prepared)
+            places = ((self.loc, self.scale, prepared), (self.data_loc, self.data_scale, batch["x"]))
             for loc, scale, x in places:
                 sd = x.std(0, correction=0)
                 loc.copy_(x.mean(0))

@@ -3,6 +3,7 @@ r"""What families without a normaliser have in common: chains that they keep, an
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["UnnormalisedModel"]
 
 KEPT = 256
 """Chains of a fit that a model keeps."""
+LARGE, SMALL = 10.0, 0.1
+"""Root mean square of data above which, and standard deviation below which, they are in units that do not suit."""
 
 
 class UnnormalisedModel(GenerativeModel):
@@ -51,6 +54,20 @@ class UnnormalisedModel(GenerativeModel):
     def _fitted_to(self, data: Any) -> None:
         """Forget the normaliser of the parameters before."""
         self.log_z.fill_(math.inf)
+
+    def _warn_of_scale(self, x: Tensor) -> None:
+        """Say that preprocessed x is far from unit scale, where networks, and units of variance 1, learn little."""
+        flat = x.double()
+        spread, size = float(flat.std(correction=0)), float(flat.square().mean().sqrt())
+        if size <= LARGE and (spread >= SMALL or spread == 0):
+            return
+        where = f"x lies in [{float(x.min()):.3g}, {float(x.max()):.3g}]" + (" after `preprocess`" if self.preprocess else "")
+        cure = "end `preprocess` with " if self.preprocess else "use preprocess="
+        warnings.warn(
+            f"{where}, with a standard deviation of {spread:.3g}, and {type(self).__name__} takes numbers about 0 of one near "
+            f"1: {cure}pgen.data.Standardize()",
+            stacklevel=2,
+        )
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
