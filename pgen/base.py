@@ -1388,18 +1388,26 @@ class GenerativeModel(_Questions, PyroModule):
     ) -> dict[str, Tensor]:
         """Draws of x, each given the context of a datum: replicates of a model whose draws depend on nothing else.
 
-        Without a context, ``most`` gives for N data how many draws there are to be at most; more repeat them.
+        ``most`` gives for N data how many draws there are to be at most; more repeat them. With a context each datum has as
+        many draws of its own, ``most(N) // N``, and its replicates repeat these.
         """
         check_positive("num_samples", num_samples)
         batch = cast(dict[str, Any], self._batch("data", data, context))
-        where = batch["context"].repeat(int(num_samples), 1) if "context" in batch else None
-        count = int(num_samples) * len(batch["x"])
-        drawn = count if where is not None or most is None else min(count, most(len(batch["x"])))
+        wanted, rows = int(num_samples), len(batch["x"])
+        drawn = wanted * rows if most is None else min(wanted * rows, most(rows))
+        own, where = wanted, None  # draws of each datum's own context
+        if "context" in batch:
+            own = max(drawn // rows, 1)
+            drawn, where = own * rows, batch["context"].repeat(own, 1)
         x = self.sample(drawn, where, seed=seed, **options)
-        if drawn < count:
+        if drawn < wanted * rows:
             with keyed_rng(key(as_seed(seed), "replicates"), x.device):
-                x = x[torch.randint(drawn, (count,), device=x.device)]
-        return {"x": x.reshape(int(num_samples), -1, *self.event_shape)}
+                if where is None:
+                    chosen = torch.randint(drawn, (wanted * rows,), device=x.device)
+                else:
+                    chosen = torch.randint(own, (wanted, rows), device=x.device) * rows + torch.arange(rows, device=x.device)
+                x = x[chosen.flatten()]
+        return {"x": x.reshape(wanted, rows, *self.event_shape)}
 
     def encode(self, x: Any, context: Any = None, *, seed: Seed = 0, progress: bool = True) -> Tensor:
         """Posterior means of the latents under the guide, ``(N, latent size)``."""

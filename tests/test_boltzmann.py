@@ -8,8 +8,14 @@ import pytest
 import torch
 
 import pgen
-from pgen.models import RBM
-from pgen.objectives import ContrastiveDivergence, PersistentContrastiveDivergence
+from pgen.models import MADE, RBM, EnergyBased, Gaussian
+from pgen.objectives import (
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    NoiseContrastive,
+    PersistentContrastiveDivergence,
+    SlicedScoreMatching,
+)
 
 X = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]]).double()
 
@@ -184,6 +190,48 @@ def test_slips_are_named():
         PersistentContrastiveDivergence(restart=1.0)
     with pytest.raises(pgen.NotAvailable, match="no latents to anneal"):
         model.log_prob(X, method="ais")
+
+
+def test_weights_that_are_no_numbers_are_named(monkeypatch):
+    model = machine(6, 5)
+    with torch.no_grad():
+        model.weight[2, 1] = math.nan
+    for most in (22, 4):  # enumerated, and by chains
+        monkeypatch.setattr("pgen.models.boltzmann.MOST_UNITS", most)
+        for question in (model.sample, model.log_normalizer):
+            with pytest.raises(FloatingPointError, match="parameter 'weight' of this RBM is not finite"):
+                question()
+
+
+def test_bits_are_trained_by_no_gradient_of_x():
+    x = X.float()
+    for objective in (DenoisingScoreMatching(0.1), SlicedScoreMatching()):
+        with pytest.raises(ValueError, match=rf"{type(objective).__name__} follows the gradient of .* x is discrete"):
+            RBM((3,), 2).fit(x, objective=objective, steps=1, progress=False)
+    with pytest.raises(ValueError, match="the model gives x a mass, and `noise` Gaussian a density: use noise over the same"):
+        RBM((3,), 2).fit(x, objective=NoiseContrastive(Gaussian((3,), "diagonal")), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"the model gives x a density, and `noise` MADE a mass: use Gaussian\(shape"):
+        EnergyBased((3,)).fit(x, objective=NoiseContrastive(fair_bits()), steps=1, progress=False)
+
+
+def fair_bits():
+    """Independent bits of probability a half."""
+    noise = MADE((3,), hidden=4, likelihood="bernoulli")
+    with torch.no_grad():
+        for parameter in noise.parameters():
+            parameter.zero_()
+    noise.primed = True
+    return noise
+
+
+def test_noise_of_bits_is_a_contrast_for_bits():
+    """G = -F(x) + 3 log 2 - log 5 against fair bits, five a datum, at c = 0."""
+    model = machine(3, 2)
+    objective = NoiseContrastive(fair_bits(), 5).begin(model.model, model.guide, {"x": X})
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        data, noise = objective._gains(model.model, {"x": X})
+    torch.testing.assert_close(data, -model.free_energy(X) + 3 * math.log(2) - math.log(5))
+    assert noise.shape == (25,)
 
 
 def test_grey_levels_are_told_the_ways_out():

@@ -11,11 +11,11 @@ from cases import seeded
 from torch import nn
 
 import pgen
-from pgen.data import Standardize
+from pgen.data import Dequantize, Standardize
 from pgen.distributions.energy import Unnormalised
 from pgen.evaluation.normalizer import LogNormalizer, settled
 from pgen.evaluation.tempering import _in_neighbourhoods, _resampled
-from pgen.models import EnergyBased, Gaussian
+from pgen.models import RBM, EnergyBased, Gaussian
 from pgen.objectives import (
     ContrastiveDivergence,
     DenoisingScoreMatching,
@@ -301,6 +301,20 @@ def test_a_further_fit_begins_at_the_chains_that_were_kept():
         assert torch.equal(begun.chains.x, kept.repeat(3, 1)[:count])
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_further_fit_with_labels_begins_at_the_chains_that_were_kept(context_dim):
+    model, x = EnergyBased((2,), hidden=(6,), num_labels=3, context_dim=context_dim), X[:20].float()
+    labels, context = torch.arange(20) % 3, x.flip(1)
+    data = {"x": x, "labels": labels, **({"context": context} if context_dim else {})}
+    model.fit(data, steps=3, progress=False)
+    begun = PersistentContrastiveDivergence(num_chains=300).begin(model.model, model.guide, data)
+    assert torch.equal(begun.chains.x, model.chains.repeat(2, 1)[:300])
+    assert torch.equal(begun.chains.given[0], labels.repeat(15))
+    if context_dim:
+        assert torch.equal(begun.chains.given[1], model.chains_context.repeat(2, 1)[:300])
+    model.fit(data, steps=2, progress=False)
+
+
 def test_some_chains_begin_anew_where_data_are():
     x = 5 + 3 * X
     objective = PersistentContrastiveDivergence(1, num_chains=4000, restart=0.25).begin(Quadratic(), lambda x: None, (x,))
@@ -332,8 +346,27 @@ def test_an_energy_that_is_not_a_number_is_named():
         def forward(self, x):
             return (self.weight * x).sum(1).log()
 
-    with pytest.raises(ValueError, match=r"'x'.*(finite|nan)"):
-        EnergyBased((2,), Broken()).fit(X[:20].float(), steps=5, progress=False)
+    broken = EnergyBased((2,), Broken())
+    with pytest.raises(ValueError, match=r"has a log-density of nan .* energy of x in \[-.*\] is not a finite .* in Broken"):
+        broken.fit(X[:20].float(), steps=5, progress=False)
+    ask = {"compile": "eager", "progress": False}
+    with pytest.raises(FloatingPointError, match=r"the energy is nan at .* of 64 points where chains begin"):
+        broken.sample(3, num_temps=4, num_steps=1, **ask)
+    with pytest.raises(FloatingPointError, match=r"the energy is nan at .* of 64 points where chains begin"):
+        (broken + broken).sample(3, num_temps=4, num_steps=1, **ask)
+    broken.log_z.copy_(torch.tensor([0.3, 0.1]))
+    with torch.no_grad():
+        broken.network.weight.fill_(math.nan)
+    for question in (broken.sample, broken.log_normalizer, (2 * broken).sample):
+        with pytest.raises(FloatingPointError, match=r"parameter 'network.weight' of this EnergyBased is not finite"):
+            question(**ask)
+    assert broken.log_z.tolist() == pytest.approx([0.3, 0.1])
+    with pytest.raises(ValueError, match=r"log-density of nan .*: parameter 'network.weight' is not finite"):
+        broken.fit(X[:20].float(), steps=5, progress=False)
+    with pytest.raises(FloatingPointError, match="log Z came out as nan: the energy is not a number"):
+        settled(lambda count: LogNormalizer(math.nan, math.nan, math.nan, math.nan, count, 10), None)
+    broken.take_normalizer(torch.tensor(math.nan))
+    assert broken.log_z.tolist() == pytest.approx([0.3, 0.1])
 
 
 # --- the family -----------------------------------------------------------------------------------------------------------
@@ -357,6 +390,31 @@ def test_the_normaliser_lies_between_its_bounds():
     score = model.log_prob(torch.ones(1, 2))
     assert score.kind == "estimate" and score.mean == pytest.approx(-found.value, abs=1e-6)
     assert float(score.mc_error[0]) == pytest.approx(found.error)
+
+
+@pytest.mark.parametrize("family", ["energy", "rbm"])
+def test_noise_of_dequantised_data_is_keyed(family):
+    """Whatever came before, answers are the same, and torch's own generator is where it was."""
+    x = torch.arange(24.0).reshape(12, 2) % 3
+    preprocess = Dequantize(3)
+    if family == "rbm":
+        model = RBM((2,), 3, visible="gaussian", preprocess=preprocess)
+        model.fit(x, steps=1, progress=False)
+        ask = (lambda: model.log_normalizer("ais", num_temps=4, num_chains=5).upper, lambda: model.hidden(x))
+    else:
+        model = EnergyBased((2,), hidden=(4,), num_labels=3, preprocess=preprocess, tempering=(3, 1, 1))
+        model.fit({"x": x, "labels": torch.arange(12) % 3}, steps=1, progress=False)
+        options = {"num_temps": 3, "num_chains": 5, "leapfrog": 1, "progress": False}
+        ask = (lambda: model.log_normalizer(**options).upper, lambda: model.predict_proba(x))
+    with torch.random.fork_rng():
+        for question in ask:
+            found = []
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                before = torch.get_rng_state()
+                found.append(torch.as_tensor(question()))
+                assert torch.equal(torch.get_rng_state(), before)
+            assert torch.equal(*found)
 
 
 def test_temperatures_are_added_until_the_error_is_small():
@@ -422,6 +480,25 @@ def test_replicates_of_many_data_come_from_fewer_chains():
     assert not torch.equal(found, model.predict(torch.zeros(3, 1), 700, seed=5, progress=False)["x"])
 
 
+def test_each_context_has_few_chains_whose_draws_repeat(monkeypatch):
+    model, asked = plain(Follows(), context_dim=1), []
+    noise = seeded(lambda: torch.randn(13 * 150, 1))
+
+    def sample(n, context, **options):
+        asked.append(n)
+        return context + 0.5 * noise[:n]
+
+    monkeypatch.setattr(model, "sample", sample)
+    where = torch.linspace(-3, 3, 150)[:, None]
+    found = model.predict(torch.zeros(150, 1), 200, context=where, seed=4, progress=False)["x"]
+    assert asked == [13 * 150] and found.shape == (200, 150, 1)  # max(2000, 10 * 150) // 150 for each
+    assert all(len(found[:, row].unique()) == 13 for row in range(150))
+    assert float((found.mean(0) - where).abs().max()) < 0.7  # five standard errors, 0.5 / sqrt(13) each
+    assert len(found.reshape(200, -1).unique(dim=0)) == 200  # no two replicates are alike
+    asked.clear()
+    assert model.predict(torch.zeros(150, 1), 3, context=where, progress=False)["x"].shape == (3, 150, 1) and asked == [450]
+
+
 def test_the_classifier_is_the_softmax_of_the_logits():
     model = EnergyBased((2,), hidden=(6,), num_labels=3)
     x, y = X[:50].float(), (X[:50, 0] > 0).long() + (X[:50, 1] > 0.3).long()
@@ -469,7 +546,7 @@ def test_slips_are_named(tmp_path):
         EnergyBased((2,), num_labels=1)
     with pytest.raises(ValueError, match="Bowl is a module of your own, which no file can hold"):
         plain(Bowl()).save(tmp_path / "model.pgen")
-    with pytest.raises(ValueError, match=r"`energy` should give shape \(20,\) for 20 data, got \(20, 3\)"):
+    with pytest.raises(ValueError, match=r"`energy` should give shape \(2,\) for 2 data, got \(2, 3\)"):
         EnergyBased((2,), nn.Linear(2, 3)).fit(X[:20].float(), steps=1, progress=False)
     with pytest.raises(ValueError, match=r"energy='conv' needs images .* got event shape \(2,\)"):
         EnergyBased((2,), "conv")
@@ -491,10 +568,29 @@ def test_slips_are_named(tmp_path):
         EnergyBased((2,)).fit(X[:20].float(), objective=NoiseContrastive(Gaussian((3,))), steps=1, progress=False)
     with pytest.raises(TypeError, match="`noise` should be a model"):
         NoiseContrastive("gaussian")
+    with pytest.raises(ValueError, match=r"twice differentiable, and 'network.layers.1' is a ReLU: use activation='silu'"):
+        EnergyBased((2,), activation="relu").fit(X[:20].float(), objective=SlicedScoreMatching(), steps=1, progress=False)
     with pytest.raises(ValueError, match="needs a model without latents, and this one draws 'z'"):
         pgen.models.VAE((2,), latent_dim=1, likelihood="gaussian").fit(
             X[:20].float(), objective=DenoisingScoreMatching(), steps=1, progress=False
         )
+
+
+def test_energies_that_are_no_networks_are_named():
+    class Known(nn.Module):
+        def forward(self, x):
+            return x.square().sum(1)
+
+    for energy, got in ((lambda x: x.sum(1), "function"), (Bowl, "the class Bowl; give an instance"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"`energy` should be 'dense', 'conv' or a torch.nn.Module .* got {got}$"):
+            EnergyBased((2,), energy)
+    with pytest.raises(ValueError, match="`energy` Known has no parameters, so that there is nothing to fit"):
+        EnergyBased((2,), Known())
+    with pytest.raises(ValueError, match=r"`energy` Linear was given x of shape \(N, 2\): .*shapes cannot be multiplied"):
+        EnergyBased((2,), nn.Linear(5, 1)).fit(X[:20].float(), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"`energy` should give shape \(2, 3\) for 2 data, got \(2, 1\)"):
+        labelled = {"x": X[:20].float(), "labels": torch.arange(20) % 3}
+        EnergyBased((2,), nn.Linear(2, 1), num_labels=3).fit(labelled, steps=1, progress=False)
 
 
 def test_chains_that_stand_still_are_told():
@@ -508,6 +604,42 @@ def test_chains_that_stand_still_are_told():
     assert "hardly exchange chains (1.0%)" in objective.concerns({**history, "exchange": 0.01 * steps})["temperatures"]
     short = {name: column[:100] for name, column in history.items()}
     assert objective.concerns({**short, "acceptance": 0 * steps[:100]}) == {}
+
+
+def test_labels_that_teach_no_class_are_named():
+    x = X[:12].float()
+    with pytest.raises(ValueError, match="every datum has label 1, from which no class is learnt: give data of two classes"):
+        EnergyBased((2,), num_labels=3).fit({"x": x, "labels": torch.ones(12)}, steps=1, progress=False)
+    with pytest.warns(UserWarning, match="no datum has label 1, 3 of num_labels=4: "):
+        EnergyBased((2,), num_labels=4).fit({"x": x, "labels": 2 * (torch.arange(12) % 2)}, steps=1, progress=False)
+    stream = EnergyBased((2,), num_labels=3)
+    stream.num_rows = 100
+    stream.prime({"x": x, "labels": torch.ones(12, dtype=torch.int64)})  # the other rows may have other labels
+
+
+def test_data_in_units_that_do_not_suit_are_named():
+    x = X[:30].float()
+    units = RBM((2,), 2, visible="gaussian")
+    levels = EnergyBased((2,), preprocess=Dequantize(8))
+    cases = {
+        r"x lies in .*, with a standard deviation .*, and EnergyBased .*: use preprocess=": (EnergyBased((2,)), 1000 + x),
+        r"and EnergyBased takes numbers about 0 .*: use": (EnergyBased((2,)), 0.05 * x),
+        r"and RBM takes numbers about 0 .*: use": (units, 1000 + 100 * x),
+        r"after `preprocess`.*: end `preprocess` with pgen": (levels, torch.full((30, 2), 4.0)),
+    }
+    for words, (model, data) in cases.items():
+        with pytest.warns(UserWarning, match=words):
+            model.prime({"x": data})
+    for model, data in (
+        (EnergyBased((2,), octaves=2), 1000 * x),
+        (EnergyBased((2,), Bowl()), 1000 * x),
+        (EnergyBased((2,), preprocess=Standardize()), 1000 * x),
+        (EnergyBased((2,)), 8 * x),
+        (EnergyBased((2,)), 0.2 * x),
+    ):
+        if model.preprocess is not None:
+            model.preprocess.fit(data)
+        model.prime({"x": data})
 
 
 class Follows(nn.Module):
@@ -531,6 +663,78 @@ def test_each_context_has_a_law_of_its_own():
     assert model.log_prob(x[:2], where[:2]).kind == "unnormalised"  # one number would not do for all contexts
     with pytest.raises(ValueError, match="give `context`"):
         model.sample(3)
+
+
+class Classes(nn.Module):
+    """log p(x, y) of classes of shares 1 : 3 with p(x | y) = N(m_y, 1 / 4), m = -1, 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.precision = nn.Parameter(torch.tensor(4.0))
+        self.register_buffer("centre", torch.tensor([-1.0, 2.0]))
+
+    def forward(self, x):
+        return -0.5 * self.precision * (x - self.centre).square() + torch.tensor([1.0, 3.0]).log()
+
+
+def barely_confined(model):
+    """The Gaussian term lets sums be drawn from, and is too wide to matter."""
+    model.confine, model.scale[:], model.data_scale[:] = True, 1e3, 2.0
+    return model
+
+
+FEW = {"num_temps": 40, "num_steps": 15, "progress": False}
+
+
+def test_energies_at_contexts_are_added():
+    """N(0, 1/4) times N(2, 1/4) is N(1, 1/8), and its Z the integral of exp(-4 (x - 1)^2 - 4)."""
+    model, x = barely_confined(plain(Follows(), context_dim=1)), torch.linspace(-1, 3, 7)[:, None]
+    zero, two = model.at(context=[0.0]), model.at(context=torch.tensor([[2.0]]))
+    torch.testing.assert_close(two.log_prob(x).value, model.log_prob(x, torch.full((7, 1), 2.0)).value)
+    both = zero + 1.0 * two
+    torch.testing.assert_close(both.energy(x)[:, None], (4 * (x - 1).square() + 4).double(), atol=1e-4, rtol=1e-4)
+    drawn = both.sample(600, **FEW)
+    assert float(drawn.mean()) == pytest.approx(1, abs=0.07) and float(drawn.var()) == pytest.approx(1 / 8, abs=0.03)
+    found = both.log_normalizer(num_temps=30, num_chains=40, leapfrog=3, progress=False)
+    assert found.lower < 0.5 * math.log(2 * math.pi / 8) - 4 < found.upper
+    other = barely_confined(plain(Bowl()))
+    torch.testing.assert_close((zero + other).energy(x), zero.energy(x) + other.energy(x))
+    with pytest.raises(ValueError, match=r"an energy with a context has a law for each of them: add model.at\(context=...\)"):
+        model + other
+    with pytest.raises(ValueError, match=r"context_dim=1; give `context`"):
+        model.at()
+    with pytest.raises(ValueError, match="made without context"):
+        other.at(context=[1.0])
+
+
+def test_each_class_has_a_law_of_its_own():
+    model, x = barely_confined(plain(Classes(), num_labels=2)), torch.linspace(-2, 3, 6)[:, None]
+    one = model.at(label=1)
+    y = torch.ones(6, dtype=torch.int64)
+    torch.testing.assert_close(one.log_prob(x).value, model.log_prob({"x": x, "labels": y}).value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.energy(x)[:, None], (2 * (x - 2).square() - math.log(3)).double(), atol=1e-4, rtol=1e-4)
+    for drawn in (one.sample(500, **FEW), model.sample(500, label=1, **FEW)):
+        assert float(drawn.mean()) == pytest.approx(2, abs=0.1) and float(drawn.std()) == pytest.approx(0.5, abs=0.07)
+    assert bool((model.predict_proba(drawn).argmax(1) == 1).float().mean() > 0.98)
+    torch.testing.assert_close((one - 0.5 * model.at(label=0)).energy(x), one.energy(x) - 0.5 * model.at(label=0).energy(x))
+    for label in (2, -1, 0.5, "cat"):
+        with pytest.raises(ValueError, match="`label` should be one class, 0 to 1, got"):
+            model.at(label=label)
+    with pytest.raises(ValueError, match=r"made without classes; make it with num_labels=... to ask for a `label`"):
+        plain(Bowl()).sample(3, label=0)
+    model.chains.zero_()
+    with pytest.raises(ValueError, match="chains are kept for no single class; use start='noise'"):
+        model.sample(3, label=0, start="chains")
+
+
+def test_a_class_of_dequantised_data_is_drawn():
+    x = torch.arange(60.0).reshape(30, 2) % 4
+    model = EnergyBased((2,), hidden=(4,), num_labels=2, preprocess=Dequantize(4))
+    model.fit({"x": x, "labels": torch.arange(30) % 2}, steps=1, progress=False)
+    drawn = model.sample(5, label=1, num_temps=3, num_steps=1, progress=False)
+    assert drawn.shape == (5, 2) and bool((drawn == drawn.round()).all())
+    with pytest.raises(ValueError, match=r"nor taken at a context or class: .* model.sample\(n, context, label=...\)"):
+        model.at(label=1)
 
 
 def test_waves_of_standardised_data_stand_beside_them(tmp_path):

@@ -63,6 +63,18 @@ class LogNormalizer:
         upper = math.nan if backward is None else float(backward.mean()) + 2 * _std_error(backward)
         return cls(value, error, float(forward.mean()) - 2 * _std_error(forward), upper, num_temps, len(forward))
 
+    def check(self) -> None:
+        """Refuse a value that is not finite.
+
+        Raises:
+            FloatingPointError: If it is not.
+        """
+        if not math.isfinite(self.value):
+            raise FloatingPointError(
+                f"log Z came out as {self.value}: the energy is not a number, or infinite, where its chains went; look for a "
+                "parameter that is not a number"
+            )
+
     @property
     def gap(self) -> float:
         """Upper less lower bound, nats."""
@@ -78,9 +90,14 @@ class LogNormalizer:
 
 
 def settled(estimate: Callable[[int], LogNormalizer], num_temps: int | None) -> LogNormalizer:
-    """The estimate with so many temperatures; for None with 60, and with 250 or 1000 only where its error or gap are large."""
+    """The estimate with so many temperatures; for None with 60, and with 250 or 1000 only where its error or gap are large.
+
+    Raises:
+        FloatingPointError: If an estimate is not finite.
+    """
     for count in LADDER if num_temps is None else (num_temps,):
         found = estimate(count)
+        found.check()
         if found.error <= SETTLED and not found.gap > NARROW:  # a gap may be NaN, where there is no upper bound
             break
     return found

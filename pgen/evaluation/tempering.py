@@ -77,6 +77,9 @@ def tempered(
         held: Parameters and buffers that ``log_density`` uses.
         compile: The tier, as in ``Unit``.
         progress: Whether to show a bar on what takes more than two seconds.
+
+    Raises:
+        FloatingPointError: If log f is not a number, or infinite, where particles begin.
     """
     with keyed_rng(key(seed, "tempering"), loc.device):
         count = n if given else max(SPARE * n, LEAST)
@@ -128,6 +131,8 @@ def _led(
                 position, log_step, log_weight = position[rows], log_step[rows], torch.zeros_like(log_weight)
             temperature = position.new_tensor(beta)
             position, change, acceptance = unit(key(seed, "move", number), position, log_step.exp(), temperature, *given)
+            if not number:  # particles never step to where the density is not a number: they can only begin there
+                _check_numbers(change)
             if given:
                 log_step = log_step + _OWN * (acceptance - TARGET_ACCEPTANCE)
             else:
@@ -167,6 +172,16 @@ def _unit(
     other = [position.flip(0) + 0.1, *inputs[1:]]
     known = {id(t): t for t in (loc, scale, *held)}
     return Unit(move, list(known.values()), inputs, other, calls=calls, compile=compile), position
+
+
+def _check_numbers(change: Tensor) -> None:
+    """Refuse a density that is not a number, or infinite, where particles begin: weights and moves would mean nothing."""
+    wrong = torch.isnan(change) | (change == torch.inf)
+    if bool(wrong.any()):
+        raise FloatingPointError(
+            f"the energy is {-float(change[wrong][0])} at {int(wrong.sum())} of {len(change)} points where chains begin, so "
+            "nothing can be drawn; look for a parameter, a logarithm or a root that is not a number"
+        )
 
 
 def _unequal(log_weight: Tensor, last: bool) -> bool:

@@ -113,6 +113,8 @@ class RBM(UnnormalisedModel):
     def prime(self, data: Batch) -> None:
         """Start at independent visible units with the data's own means."""
         x = self._prepared(data)[0]["x"]
+        if self.visible == "gaussian":
+            self._warn_of_scale(x)
         with torch.no_grad():
             self.loc.copy_(x.mean(0))
             mean = x.flatten(1).mean(0)
@@ -158,7 +160,7 @@ class RBM(UnnormalisedModel):
     def hidden(self, x: Any) -> Tensor:
         """p(h = 1 | v) of each hidden unit, ``(N, num_hidden)``."""
         batch = self._batch("x", x)
-        with torch.no_grad():
+        with torch.no_grad(), keyed_rng(key(0, "prepare"), self.weight.device):
             return self.distribution().hidden(self._prepared(batch)[0]["x"].flatten(1)).sigmoid()
 
     # -- the normaliser -----------------------------------------------------------------------------------------------
@@ -199,11 +201,13 @@ class RBM(UnnormalisedModel):
 
         Raises:
             ValueError: If ``method="enumerate"`` asks for more than 2^22 states.
+            FloatingPointError: If a parameter, or what comes out, is not finite.
         """
         check_choice("method", method, ("auto", "enumerate", "ais"))
         check_positive("num_temps", num_temps)
         check_positive("num_chains", num_chains)
         check_positive("num_sweeps", num_sweeps)
+        self.check_parameters()
         if method == "enumerate" and not self.enumerable:
             raise ValueError(
                 f"method='enumerate' would sum 2^{self.distribution().units} states (at most 2^{MOST_UNITS}); use 'ais'"
@@ -212,6 +216,7 @@ class RBM(UnnormalisedModel):
             value, _ = self._normalizer(seed, progress)  # type: ignore[misc]
             return LogNormalizer(value, 0.0, value, value)
         found = self._annealed(num_temps, num_chains, int(num_sweeps), as_seed(seed), progress)
+        found.check()
         if not self.enumerable:
             self.log_z.copy_(torch.tensor([found.value, max(found.error, 1e-12)]))
         return found
@@ -222,7 +227,8 @@ class RBM(UnnormalisedModel):
         betas = schedule(num_temps, STEEPNESS).tolist()
         start = self.sample(num_chains, seed=key(seed, "backward"), progress=progress)
         with torch.no_grad(), Progress(2 * num_temps, progress, QUIET_SECONDS) as bar:
-            ends = self._prepared({"x": place(start, device, self.weight.dtype)})[0]["x"].flatten(1).double()
+            with keyed_rng(key(seed, "prepare"), device):  # it may draw noise
+                ends = self._prepared({"x": place(start, device, self.weight.dtype)})[0]["x"].flatten(1).double()
             with keyed_rng(key(seed, "forward"), device):
                 known = base.expand(num_chains, -1)
                 position = torch.bernoulli(known.sigmoid()) if self.visible == "bernoulli" else known + torch.randn_like(known)
@@ -259,6 +265,7 @@ class RBM(UnnormalisedModel):
         """
         check_positive("n", n)
         check_positive("num_steps", num_steps)
+        self.check_parameters()
         if context is not None:
             self._context(context, n)
         self._asked(seed, compile, progress)

@@ -3,6 +3,7 @@ r"""What families without a normaliser have in common: chains that they keep, an
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["UnnormalisedModel"]
 
 KEPT = 256
 """Chains of a fit that a model keeps."""
+LARGE, SMALL = 10.0, 0.1
+"""Root mean square of data above which, and standard deviation below which, they are in units that do not suit."""
 
 
 class UnnormalisedModel(GenerativeModel):
@@ -51,6 +54,20 @@ class UnnormalisedModel(GenerativeModel):
     def _fitted_to(self, data: Any) -> None:
         """Forget the normaliser of the parameters before."""
         self.log_z.fill_(math.inf)
+
+    def _warn_of_scale(self, x: Tensor) -> None:
+        """Say that preprocessed x is far from unit scale, where networks, and units of variance 1, learn little."""
+        flat = x.double()
+        spread, size = float(flat.std(correction=0)), float(flat.square().mean().sqrt())
+        if size <= LARGE and (spread >= SMALL or spread == 0):
+            return
+        where = f"x lies in [{float(x.min()):.3g}, {float(x.max()):.3g}]" + (" after `preprocess`" if self.preprocess else "")
+        cure = "end `preprocess` with " if self.preprocess else "use preprocess="
+        warnings.warn(
+            f"{where}, with a standard deviation of {spread:.3g}, and {type(self).__name__} takes numbers about 0 of one near "
+            f"1: {cure}pgen.data.Standardize()",
+            stacklevel=2,
+        )
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
@@ -90,8 +107,25 @@ class UnnormalisedModel(GenerativeModel):
         return self.chains.clone(), [self.chains_context.clone()] if self.context_dim else []
 
     def take_normalizer(self, value: Tensor) -> None:
-        """Take over a log-normaliser that was learnt beside the model; its error is not known."""
-        self.log_z.copy_(torch.stack([value.detach().double(), torch.full_like(value, -1.0, dtype=torch.float64)]))
+        """Take over a log-normaliser that was learnt beside the model; its error is not known. One not finite is left alone."""
+        if bool(torch.isfinite(value)):
+            self.log_z.copy_(torch.stack([value.detach().double(), torch.full_like(value, -1.0, dtype=torch.float64)]))
+
+    def check_parameters(self) -> None:
+        """Refuse parameters that are not numbers, of which chains would make draws that look like any others.
+
+        Raises:
+            FloatingPointError: Naming the first of them.
+        """
+        if bad := self._lost():
+            raise FloatingPointError(
+                f"parameter {bad!r} of this {type(self).__name__} is not finite, so nothing can be drawn; fit it again, "
+                "or load a file of before"
+            )
+
+    def _lost(self) -> str:
+        """The name of the first parameter that is not finite."""
+        return next((name for name, value in self.named_parameters() if not bool(torch.isfinite(value).all())), "")
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +181,8 @@ class UnnormalisedModel(GenerativeModel):
     ) -> dict[str, Tensor]:
         """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``.
 
-        Chains are dear: without a context there are ``max(2000, 10 N)`` at most, and more draws are repetitions of theirs.
+        Chains are dear: there are ``max(2000, 10 N)`` at most, with a context as many for each datum, and more draws are
+        repetitions of theirs.
         """
         options: dict[str, Any] = {"compile": compile, "progress": progress}
         return self._generated(data, num_samples, seed, context, most=fewer_draws, **options)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_choice, check_positive
 from ..samplers.mcmc import Info, State, exchange, gibbs, hmc, langevin, start, with_gradient
-from .density import both_densities, check_without_latents, law, log_density, parts
+from .density import both_densities, check_without_latents, is_discrete, law, log_density, parts
 from .elbo import Scalars
 
 __all__ = ["Chains", "ContrastiveDivergence", "PersistentContrastiveDivergence"]
@@ -140,7 +140,7 @@ class ContrastiveDivergence:
         check_without_latents(self, model, batch)
         x, given, _ = parts(batch)
         fn = law(model, batch)
-        discrete = _discrete(fn)
+        discrete = is_discrete(fn)
         if discrete != (self.sampler == "gibbs") and not (self.sampler == "gibbs" and hasattr(fn, "gibbs")):
             what = "discrete data have no gradient: use 'gibbs'" if discrete else "real data need a gradient: use 'langevin'"
             raise ValueError(f"`sampler` is {self.sampler!r}, but {what}")
@@ -304,11 +304,15 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
             raise ValueError(f"`restart` should be a probability below 1, such as 0.05, got {self.restart}")
 
     def _first(self, model: Program, x: Tensor, given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The chains that the model has kept of an earlier fit, as often as there is room, or random data."""
+        """The chains that the model has kept of an earlier fit, as often as there is room, or random data.
+
+        Contexts are kept too. What comes before them, labels, has no part in the chains' law, and is the data's.
+        """
         kept = getattr(getattr(model, "__self__", None), "kept_chains", lambda: None)()
-        if kept is not None and len(kept[1]) == len(given):
-            rows = torch.arange(self.num_chains, device=x.device) % len(kept[0])
-            return kept[0][rows], [tensor[rows] for tensor in kept[1]]
+        if kept is not None and len(kept[1]) <= len(given):
+            order = torch.arange(self.num_chains, device=x.device)
+            rows, others = order % len(kept[0]), given[: len(given) - len(kept[1])]
+            return kept[0][rows], [*(tensor[order % len(x)] for tensor in others), *(tensor[rows] for tensor in kept[1])]
         rows = torch.randint(len(x), (self.num_chains,), device=x.device)
         return x[rows], [tensor[rows] for tensor in given]
 
@@ -400,11 +404,3 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     def _kept(self, model: Program, batch: Batch) -> Batch:
         assert self.chains is not None
         return parts(batch)[2](self.chains.x, self.chains.given)
-
-
-def _discrete(fn: Any) -> bool:
-    """Whether x takes values without a gradient; programs with factors alone do not say."""
-    try:
-        return bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):
-        return False

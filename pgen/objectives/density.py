@@ -14,7 +14,17 @@ from ..contracts import Batch
 from ..programs import Term, innermost, run_laws, run_program
 from .elbo import scaled
 
-__all__ = ["both_densities", "check_without_latents", "conditionals", "law", "log_density", "observing", "parts", "score"]
+__all__ = [
+    "both_densities",
+    "check_without_latents",
+    "conditionals",
+    "is_discrete",
+    "law",
+    "log_density",
+    "observing",
+    "parts",
+    "score",
+]
 
 Program = Callable[..., Any]
 
@@ -67,6 +77,14 @@ def law(model: Program, batch: Batch) -> Any:
     x, *_ = parts(batch)
     found = list(run_laws(model, batch).values())
     return next((fn for fn, value in found if value is x), found[0][0])
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether x takes values without a gradient; programs with factors alone do not say."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def observing(model: Program, batch: Batch) -> list[Term]:

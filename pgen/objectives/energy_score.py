@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contracts import Batch, Kind, check_positive
-from .density import check_without_latents, conditionals, parts, score
+from .density import check_without_latents, conditionals, is_discrete, law, parts, score
 from .elbo import Scalars
 
 __all__ = ["DenoisingScoreMatching", "SlicedScoreMatching"]
 
 Program = Callable[..., Any]
+KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
+"""Activations whose second derivative is zero where there is one."""
 
 
 class _ScoreMatching:
@@ -32,6 +34,11 @@ class _ScoreMatching:
     def begin(self, model: Program, guide: Program, batch: Batch) -> Any:
         """The objective itself, once the model is known to fit it."""
         check_without_latents(self, model, batch)
+        if is_discrete(law(model, batch)):
+            raise ValueError(
+                f"{type(self).__name__} follows the gradient of a density, and the model's x is discrete: use "
+                "ContrastiveDivergence(sampler='gibbs')"
+            )
         return self
 
     def __call__(self, model: Program, guide: Program, batch: Batch, scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,8 +94,8 @@ class SlicedScoreMatching(_ScoreMatching):
     .. math:: \mathrm{loss} = \mathbb{E}_{x, v} \bigl[ v^\top \nabla_x (v^\top \nabla_x \log f(x)) \bigr]
         + \tfrac12 \mathbb{E}_x \| \nabla_x \log f(x) \|^2
 
-    Unbiased for the score matching of the data's own law; the energy must be twice differentiable (SiLU, softplus or tanh,
-    not ReLU). Exact with one direction where the Hessian is diagonal.
+    Unbiased for the score matching of the data's own law; the energy must be twice differentiable (SiLU, softplus or tanh;
+    modules such as ``nn.ReLU`` are refused). Exact with one direction where the Hessian is diagonal.
 
     Args:
         num_slices: Directions a datum.
@@ -101,6 +108,17 @@ class SlicedScoreMatching(_ScoreMatching):
 
     def __post_init__(self) -> None:
         check_positive("num_slices", self.num_slices)
+
+    def begin(self, model: Program, guide: Program, batch: Batch) -> Any:
+        """The objective itself, once the model is known to fit it."""
+        owner = getattr(model, "__self__", model)
+        for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            if isinstance(module, KINKED):
+                raise ValueError(
+                    f"SlicedScoreMatching needs an energy that is twice differentiable, and {name!r} is a "
+                    f"{type(module).__name__}: use activation='silu', or DenoisingScoreMatching(sd)"
+                )
+        return super().begin(model, guide, batch)
 
     def _rows(self, model: Program, batch: Batch) -> tuple[Tensor, Tensor]:
         x, *_ = parts(batch)

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from ..contracts import Batch, Kind, check_positive
 from ..programs import PlateSize, run_program, run_values
-from .density import check_without_latents, conditionals, log_density, parts
+from .density import check_without_latents, conditionals, is_discrete, law, log_density, parts
 from .elbo import ELBO, Scalars
 
 __all__ = ["NoiseContrastive"]
@@ -87,10 +87,19 @@ class NoiseContrastive:
             )
         if not noise.primed:
             noise.fit(x, progress=False)
+        self._check_kinds(law(model, batch), law(noise.model, {"x": x[:1]}), noise)
         drawn = run_program(noise.guide, {"x": x[:1]})
         if drawn:
             raise ValueError(f"`noise` should have an exact density, and this one draws latents ({next(iter(drawn))!r})")
         return replace(self, contrast=Contrast(noise, x))
+
+    def _check_kinds(self, of_model: Any, of_noise: Any, noise: Any) -> None:
+        """A mass and a density have no ratio."""
+        kinds = ["a mass" if is_discrete(fn) else "a density" for fn in (of_model, of_noise)]
+        if kinds[0] != kinds[1]:
+            bits = "noise over the same values, such as MADE(shape, likelihood='bernoulli')"
+            fix = bits if kinds[0] == "a mass" else "Gaussian(shape)"
+            raise ValueError(f"the model gives x {kinds[0]}, and `noise` {type(noise).__name__} {kinds[1]}: use {fix}")
 
     def __call__(self, model: Program, guide: Program, batch: Batch, scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss a datum, and the metrics ``log_normalizer`` and ``accuracy`` (of telling data from noise)."""
