@@ -238,15 +238,14 @@ def score(
 ) -> Result:
     """Log-density of data under a fitted model: exact, or a bound that says so."""
     fitted, record = runs.open_run(folder, program)
-    scored = fitted.log_prob(runs.batch(data, record), num_samples=num_samples, seed=seed)
+    scored, normalizer = runs.scored(fitted, runs.batch(data, record), num_samples=num_samples, seed=seed)
     if out is not None:
         _write_rows(out, scored.value, ["log_prob_nats"])
-    names = ("kind", "mean", "std_error", "total", "bits_per_dim", "event_size", "num_samples")
+    names = ("kind", "mean", "std_error", "total", "event_size", "num_samples")
     result = {"command": "score", "data": data, **{name: getattr(scored, name) for name in names}, "num_data": len(scored)}
-    result["files"] = [str(out)] if out else []
-    return Result(
-        result, lambda console: _facts(console, {"data": data, "log-density": str(scored), "written": result["files"]})
-    )
+    result |= {"bits_per_dim": runs.bits_per_dim(scored), "normalizer": normalizer, "files": [str(out)] if out else []}
+    facts = {"data": data, "log-density": str(scored), "normaliser": normalizer, "written": result["files"]}
+    return Result(result, lambda console: _facts(console, facts))
 
 
 @app.command()
@@ -288,7 +287,7 @@ def compare(
             raise ValueError(
                 "name families, `pgen compare DATA --models gaussian,vae`, or two runs: `pgen compare RUN1 RUN2 DATA`"
             )
-        found, about = runs.compare_runs(source[:-1], source[-1], options)
+        found, about = runs.compare_runs(source[:-1], source[-1], options, None if quiet else _say)
     else:
         _refuse("--models", {source[-1]: source[1:] or None})
         names = runs.check_models(models)
@@ -427,7 +426,7 @@ def models(as_json: Json = False) -> Result:
         {
             "model": name,
             "what": (inspect.getdoc(family) or "").split("\n")[0],
-            "settings": [p for p in inspect.signature(family).parameters if p not in ("event_shape", "preprocess")],
+            "settings": runs.settings_of(name),
         }
         for name, family in sorted(pgen.models.REGISTRY.items())
     ]

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 import pgen
-from pgen.contracts import Batch, Run, check_choice, nearest
+from pgen.contracts import Batch, Run, Score, check_choice, nearest
 from pgen.data import ContextColumns, Loaded, Table
 from pgen.distributions.observation import LEVELS
 from pgen.evaluation.compare import Comparison
+from pgen.models.unnormalised import UnnormalisedModel
 from pgen.training.checkpoint import Checkpoint
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Reading",
     "Subject",
     "batch",
+    "bits_per_dim",
     "check_model",
     "check_models",
     "check_settings",
@@ -68,6 +70,8 @@ __all__ = [
     "save_comparison",
     "save_models",
     "save_run",
+    "scored",
+    "settings_of",
 ]
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
@@ -486,13 +490,14 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if "event_shape" not in accepted:
         raise ValueError(f"{name} is made of other models, which the command line cannot name; use pgen.models in Python")
     known = [key for key in accepted if key not in ("event_shape", "preprocess", "seed")]
+    offered = settings_of(name)
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key == "likelihood" and family.has_density:  # it says how values are seen, whether the family asks or not
             continue
         if key not in known:
             option = f"--{key.replace('_', '-')}" if key in _OPTIONS else f"--set {key}={value}"
-            raise ValueError(f"{option}: {name} has no setting {key!r}; leave it out{nearest(key, known)}")
+            raise ValueError(f"{option}: {name} has no setting {key!r}; leave it out{nearest(key, offered)}")
         _check_kind(name, key, value, str(accepted[key].annotation))
     return given
 
@@ -500,20 +505,53 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 _OPTIONS = ("latent_dim", "likelihood")  # settings that the command line has an option for
 _PLAIN_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,),
-    "None": (type(None),),
+    "None": (type(None),), "tuple": (list,),
 }  # fmt: skip
+_PARTS_OF_TUPLE = re.compile(r"tuple\[((?:int|float)(?:, (?:int|float))*)\]")
+_IN_PYTHON = {"num_labels": "the class of each datum"}
+"""What settings of plain types need beside them that only a program can give."""
 
 
 def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
     """Compare a value with the plain types in an annotation; arguments that no plain value can be are refused."""
-    words = re.findall(r"[A-Za-z_]+", re.sub(r"\[[^\]]*\]", "", annotation))
-    kinds = [_PLAIN_KINDS[word] for word in words if word in _PLAIN_KINDS]
-    if not [word for word in words if word in _PLAIN_KINDS and word != "None"]:
+    if key in _IN_PYTHON:
+        raise ValueError(
+            f"the setting {key!r} of {name} needs {_IN_PYTHON[key]}, which the command line cannot give; use Python"
+        )
+    words = _words(annotation)
+    if not _is_plain(key, annotation):
         raise ValueError(f"the setting {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
     wrong = isinstance(value, bool) and "bool" not in words
-    if wrong or not any(isinstance(value, kind) for kind in kinds):
+    if wrong or not any(isinstance(value, _PLAIN_KINDS[word]) for word in words if word in _PLAIN_KINDS):
         such = f", such as --set {key}=[64,64]" if annotation.startswith("Sequence[int]") else ""
         raise ValueError(f"the setting {key!r} of {name} should be {annotation}{such}, got {value!r}")
+    parts = _PARTS_OF_TUPLE.search(annotation)
+    if isinstance(value, list) and parts:
+        kinds = [_PLAIN_KINDS[part.strip()] for part in parts[1].split(",")]
+        if len(value) != len(kinds) or not all(
+            isinstance(part, kind) and not isinstance(part, bool) for part, kind in zip(value, kinds)
+        ):
+            such = ",".join("3" if kind == (int,) else "0.5" for kind in kinds)
+            raise ValueError(f"the setting {key!r} of {name} should be {parts[0]}, such as --set {key}=[{such}], got {value!r}")
+
+
+def _words(annotation: str) -> list[str]:
+    """The types that an annotation names, without what stands in brackets."""
+    return re.findall(r"[A-Za-z_]+", re.sub(r"\[[^\]]*\]", "", annotation))
+
+
+def _is_plain(key: str, annotation: str) -> bool:
+    """Whether the command line can give such a setting."""
+    return key not in _IN_PYTHON and any(word in _PLAIN_KINDS and word != "None" for word in _words(annotation))
+
+
+def settings_of(name: str) -> list[str]:
+    """The settings of a family that the command line can give; of one made of other models none."""
+    accepted = inspect.signature(pgen.models.REGISTRY[name]).parameters
+    if "event_shape" not in accepted:
+        return []
+    hidden = ("event_shape", "preprocess", "seed")
+    return [key for key, p in accepted.items() if key not in hidden and _is_plain(key, str(p.annotation))]
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
@@ -858,6 +896,7 @@ def fit_each(
             model = Subject.of_parts(parts, name, settings[name], training["seed"], alike=alike).model
             options = {k: v for k, v in training.items() if k in ("seed", "progress")} if model.solvable else training
             run = model.fit(parts.batch(0), validation=parts.batch(1), **options)
+            normalizer = normalised(model, parts.batch(1), seed=training["seed"], progress=training["progress"])
         except (ValueError, FloatingPointError) as error:
             failed[name] = str(error)
             if say:
@@ -870,12 +909,21 @@ def fit_each(
                 say(f"columns: {held}")
                 shown = held
             how = f"{run.steps} steps in {run.seconds:.1f} s" if run.steps else run.stopped
-            say(f"{name}: {run.figure}, {how}")
+            say(f"{name}: {run.figure}, {how}{f'; {normalizer}' if normalizer else ''}")
     return fitted, about, failed
 
 
-def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -> tuple[Comparison, dict[str, Any]]:
-    """Compare fitted runs of families on data, which each sees prepared as it was for its fit."""
+def compare_runs(
+    folders: Sequence[str], source: str, options: dict[str, Any], say: Callable[[str], None] | None = None
+) -> tuple[Comparison, dict[str, Any]]:
+    """Compare fitted runs of families on data, which each sees prepared as it was for its fit.
+
+    Args:
+        folders: Of runs.
+        source: Data.
+        options: Of ``log_prob``.
+        say: Told a line about each normaliser that has to be estimated.
+    """
     if len(set(folders)) != len(folders):
         raise ValueError(f"a run is named twice: {' '.join(folders)}")
     scores, about = {}, {}
@@ -888,7 +936,9 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
                 f"{folders[0]} and {folder} see {source} differently; fit both to the same columns with the same --likelihood"
             )
         seen.append(data)
-        scores[folder] = model.log_prob(data, **options)
+        scores[folder], normalizer = scored(model, data, **options)
+        if say and normalizer:
+            say(f"{folder}: {normalizer}")
         about[folder] = {"settings": record["model"].get("settings"), **record["run"]}
     return pgen.compare(scores), about
 
@@ -1046,13 +1096,43 @@ def _fitted_to(record: dict[str, Any]) -> tuple[Loaded | None, str]:
     return loaded, f"{source} ({record['data']['train']})"
 
 
-def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
+def likelihood(model: Any, x: Any, **options: Any) -> dict[str, Any]:
     """The log-density of data in plain numbers, or why there is none; ``text`` says it in words."""
     try:
-        score = model.log_prob(x, **options)
-    except pgen.NotAvailable as reason:
+        score, normalizer = scored(model, x, **options)
+    except (pgen.NotAvailable, FloatingPointError) as reason:
         return {"kind": None, "mean": None, "std_error": None, "bits_per_dim": None, "text": f"not available: {reason}"}
-    return {name: getattr(score, name) for name in ("kind", "mean", "std_error", "bits_per_dim")} | {"text": str(score)}
+    found = {"kind": score.kind, "mean": score.mean, "std_error": score.std_error, "bits_per_dim": bits_per_dim(score)}
+    return {**found, "text": f"{score}; {normalizer}" if normalizer else str(score)}
+
+
+def scored(model: Any, x: Any, *, seed: int = 0, progress: bool = True, **options: Any) -> tuple[Score, str]:
+    """The log-density of data, for which the normaliser of a family that has none yet is estimated where there is one for all.
+
+    Returns:
+        The score, and in words what the normaliser was found to be; empty where none was asked for.
+    """
+    normalizer = normalised(model, x, seed=seed, progress=progress)
+    return model.log_prob(x, seed=seed, progress=progress, **options), normalizer
+
+
+def normalised(model: Any, x: Any, *, seed: int, progress: bool) -> str:
+    """Estimate the normaliser of a family that does not know its own, which takes seconds; say in words what it is, or why not.
+
+    Empty for all other families.
+    """
+    if not isinstance(model, UnnormalisedModel):
+        return ""
+    if model.log_prob(pgen.data.rows(x, slice(1)), progress=False).kind != "unnormalised":
+        return ""
+    if model.context_dim:
+        return "not comparable: each context has a normaliser of its own, which log_normalizer(context) estimates in Python"
+    return str(model.log_normalizer(seed=seed, progress=progress))
+
+
+def bits_per_dim(score: Score) -> float | None:
+    """Bits a dimension; None of a density without its normaliser."""
+    return None if score.kind == "unnormalised" else score.bits_per_dim
 
 
 def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:

@@ -16,6 +16,7 @@ import torch
 import pgen
 from pgen import cli, runs
 from pgen.contracts import Run
+from pgen.evaluation.normalizer import LogNormalizer
 
 MEAN = """
 import pyro
@@ -270,7 +271,9 @@ def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, mon
 def test_models_lists_the_registry(capsys):
     got = answer(capsys, "models")
     assert {row["model"] for row in got["models"]} == set(pgen.models.REGISTRY)
-    assert "latent_dim" in next(row for row in got["models"] if row["model"] == "vae")["settings"]
+    settings = {row["model"]: row["settings"] for row in got["models"]}
+    assert "latent_dim" in settings["vae"] and "tempering" in settings["energy"] and "log_snr" in settings["diffusion"]
+    assert not {"generator", "critic", "seed"} & set(settings["gan"]) and "num_labels" not in settings["energy"]
 
 
 def test_a_table_is_standardised_and_sampled_in_its_own_units(capsys, tmp_path):
@@ -310,6 +313,64 @@ def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):
     assert cli.run(["fit", "digits", "--model", "vae", "--out", str(folder)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (folder / runs.MODEL).read_bytes() == before
+
+
+# --- without a normaliser, or without a likelihood --------------------------------------------------------------------------
+
+SHORT = {
+    "energy": ["--set", "hidden=[4]", "--set", "tempering=[4,2,2]"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def fit_short(tables, tmp_path, monkeypatch):
+    """Fit a small network of a family to a table for a few steps, in a folder of its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def fit(name, *more, source=tables / "train.csv"):
+        options = [*SHORT[name], "--steps", "8", "--batch-size", "20", "--compile", "eager", "-q", *map(str, more)]
+        return cli.run(["fit", str(source), "--model", name, "--out", name, *options])
+
+    return fit
+
+
+def test_the_normaliser_of_an_energy_is_estimated_where_it_is_scored_or_compared(fit_short, tables, capsys, monkeypatch):
+    found, asked = LogNormalizer(1.25, 0.5, 1.0, 2.0, 7, 3), []
+
+    def quick(self, **options):
+        asked.append(options["seed"])
+        self.log_z.copy_(torch.tensor([found.value, found.error]))
+        return found
+
+    monkeypatch.setattr(pgen.models.EnergyBased, "log_normalizer", quick)
+    assert fit_short("energy") == 0 and not asked
+    got = answer(capsys, "score", "energy", tables / "new.csv", "--seed", 5)
+    x = torch.from_numpy(np.loadtxt(tables / "new.csv", delimiter=",", skiprows=1)).float()
+    raw = pgen.load("energy/model.pgen").log_prob(x)
+    assert (got["kind"], got["normalizer"], raw.kind) == ("estimate", str(found), "unnormalised")
+    assert got["mean"] == pytest.approx(raw.mean - 1.25) and got["bits_per_dim"] is not None
+    said = runs.likelihood(pgen.load("energy/model.pgen"), x, progress=False)
+    assert said["kind"] == "estimate" and said["text"].endswith(f"; {found}")
+
+    options = ["--models", "energy,gaussian", "--epochs", "1", "--set", "energy.hidden=[4]", "--seed", "3"]
+    assert cli.run(["compare", str(tables / "new.csv"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert f"; {found}" in err and "unnormalised" not in out and "estimate" in out
+    assert cli.run(["compare", "energy", str(tables / "run"), str(tables / "new.csv"), "--out", "two"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"energy: {found}\n" and "unnormalised" not in out and asked == [5, 0, 3, 0]
+
+    given = pgen.models.EnergyBased((3,), hidden=(4,), context_dim=1)
+    said = runs.likelihood(given, {"x": x, "context": x[:, :1]}, progress=False)
+    assert (said["kind"], said["bits_per_dim"], len(asked)) == ("unnormalised", None, 4)
+    assert "each context has a normaliser of its own" in said["text"]
+    monkeypatch.setattr(pgen.models.EnergyBased, "log_normalizer", lambda self, **options: log_z_is_not_a_number())
+    said = runs.likelihood(pgen.models.EnergyBased((3,), hidden=(4,)), x)
+    assert (said["kind"], said["text"]) == (None, "not available: log Z is not a number")
+
+
+def log_z_is_not_a_number():
+    raise FloatingPointError("log Z is not a number")
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------------
@@ -478,6 +539,23 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=two"], "'latent_dim' of vae should be int, got 'two'"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=true"], "'latent_dim' of vae should be int, got True"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=2", "--latent-dim", "3"], "say different things: 2 and 3"),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "tempering=[3,2]"],
+            "should be tuple[int, int, int], such as --set tempering=[3,3,3], got [3, 2]",
+        ),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "tempering=[3,2,0.5]"],
+            "such as --set tempering=[3,3,3], got [3, 2, 0.5]",
+        ),
+        (["fit", "digits", "--model", "diffusion", "--set", "log_snr=5"], "should be tuple[float, float] | None, got 5"),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "num_labels=10"],
+            "'num_labels' of energy needs the class of each datum",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--set", "critic=own"],
+            "'critic' of gan is nn.Module | None, which the command line",
+        ),
         (["fit", "digits", "--model", "gaussian", "--set", "covariance=round"], "`covariance` is 'round', which is unknown"),
         (["fit", "mean.py:model", "--data", "y.csv", "--set", "rank=2"], "--set does not go with a program of your own"),
         (["compare", "digits", "--models", "gaussian,nothing"], "`--models` is 'nothing', which is unknown"),
