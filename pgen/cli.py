@@ -163,6 +163,8 @@ def fit(
                 raise ValueError(f"--set and --{option.replace('_', '-')} say different things: {given[option]} and {value}")
         reading = _reading(columns, without, categorical, complete, context)
         subject = runs.Subject.family(source[0], model, given, seed, reading)
+        if (note := runs.note_of(subject.about["data"], [subject.about["model"]["family"]])) and not quiet:
+            _say(f"note: {note}")
         if subject.about["data"]["held"] and not quiet:
             _say(f"columns: {subject.about['data']['held']}")
         if (found := runs.context_of(subject.about)) and not quiet:
@@ -294,7 +296,9 @@ def compare(
         given = runs.parse_each(settings or [], names)
         training = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": not quiet}
         reading = _reading(columns, without, categorical, complete, context)
-        parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True)
+        parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True, grey=runs.grey_of(given))
+        if (note := runs.note_of({"prepared": parts.prepared}, names)) and not quiet:
+            _say(f"note: {note}")
         if parts.context is not None and not quiet:
             _say(f"context: {parts.context.words()}")
         fitted, about, failed = runs.fit_each(parts, names, given, training, None if quiet else _say)

@@ -58,9 +58,11 @@ __all__ = [
     "discard_checkpoint",
     "fit_each",
     "given",
+    "grey_of",
     "has_checkpoint",
     "held_out",
     "likelihood",
+    "note_of",
     "open_run",
     "parse_each",
     "parse_settings",
@@ -216,7 +218,7 @@ class Subject:
             raise ValueError(f"--model is missing: name a family{nearest('', sorted(families))}")
         name = _named("--model", name)
         settings = check_settings(name, settings)
-        parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, density=families[name].has_density)
+        parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, grey=grey_of({name: settings}))
         return cls.of_parts(parts, name, settings, seed)
 
     @classmethod
@@ -288,13 +290,13 @@ class Parts:
 
     @classmethod
     def of(
-        cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, density: bool = True
+        cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, grey: str = "bits"
     ) -> Parts:
-        """The parts of ``source``: its own split where it has one, else drawn by the seed."""
+        """The parts of ``source``: its own split where it has one, else drawn by the seed; ``grey`` comes from ``grey_of``."""
         table, context, loaded = _held_out(source, seed, reading or Reading(), test=test)
         given = [_x(part.data) for part in loaded]
         plain = table is None or not (any(table.categories) or table.missing)
-        prepared = _observation(torch.cat(given), likelihood)[1] if density and plain else {}
+        prepared = _observation(torch.cat(given), likelihood, grey)[1] if grey and plain else {}
         prepared |= {"complete": True} if reading and reading.complete else {}
         contexts = () if context is None else tuple(cast(dict[str, Tensor], part.data)["context"] for part in loaded)
         x = [_prepare(part, prepared) for part in given]
@@ -692,30 +694,66 @@ def _at(labels: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if labels is None else labels[rows]
 
 
-def _observation(x: Any, likelihood: str | None) -> tuple[str, dict[str, Any]]:
+def grey_of(families: dict[str, dict[str, Any]]) -> str:
+    """What families, given with their settings, see in grey images in [0, 1], all of them the same.
+
+    ``"bits"`` where one of them has a distribution of bits; ``"real"`` numbers where all know their densities up to a constant;
+    ``"levels"``, which other densities need to be finite, for the rest; nothing for a family that has no density.
+    """
+    kinds = {name: pgen.models.REGISTRY[name] for name in families}
+    if not all(family.has_density for family in kinds.values()):
+        return ""
+    if any(_has_bits(family, families[name]) for name, family in kinds.items()):
+        return "bits"
+    return "real" if all(issubclass(family, UnnormalisedModel) for family in kinds.values()) else "levels"
+
+
+def _has_bits(family: Any, settings: dict[str, Any]) -> bool:
+    accepted = inspect.signature(family).parameters
+    return "likelihood" in accepted or ("visible" in accepted and settings.get("visible") != "gaussian")
+
+
+def note_of(about: dict[str, Any], names: Sequence[str]) -> str:
+    """A line that says what became of grey images; empty where they are what they were."""
+    prepared = about["prepared"]
+    if "binarised_at" in prepared:
+        takes = any("likelihood" in inspect.signature(pgen.models.REGISTRY[name]).parameters for name in names)
+        keep = "--likelihood categorical or gaussian keeps" if takes else "--likelihood gaussian keeps"
+        return f"grey images are taken as bits, 1 from {prepared['binarised_at']:g} on; {keep} their values"
+    return f"grey images are taken as levels 0 to {prepared['levels'] - 1}" if "levels" in prepared else ""
+
+
+def _observation(x: Any, likelihood: str | None, seen: str = "bits") -> tuple[str, dict[str, Any]]:
     """The likelihood, and what is done to the data for its sake: recorded, shown, and done again to later data.
 
-    Ones and zeros are Bernoulli, counts up to 255 categorical, other tables Gaussian. Grey images in [0, 1] are binarised at
-    one half unless another likelihood is asked for; as ``categorical`` they are counted in their own levels.
+    Ones and zeros are Bernoulli, counts up to 255 categorical, other tables Gaussian. Grey images in [0, 1] are, unless another
+    likelihood is asked for, what ``seen`` says: ``"bits"``, binarised at one half; ``"levels"``, counted in their own levels as
+    with ``categorical``, or real where they have none; or ``"real"``.
     """
     low, high = float(x.min()), float(x.max())
     binary = bool(((x == 0) | (x == 1)).all())
     counts = low >= 0 and high <= 255 and bool((x == x.round()).all())
     if likelihood is None:
         grey = x.dim() > 2 and low >= 0 and high <= 1
-        likelihood = "bernoulli" if binary or grey else "categorical" if counts else "gaussian"
+        if grey and not binary and seen != "bits":
+            likelihood = "categorical" if seen == "levels" and _levels_of(x) else "gaussian"
+        else:
+            likelihood = "bernoulli" if binary or grey else "categorical" if counts else "gaussian"
     if likelihood == "bernoulli" and not binary:
         if low < 0 or x.dim() <= 2:
             raise ValueError(f"--likelihood bernoulli needs zeros and ones, the data lie in [{low:g}, {high:g}]; try gaussian")
         return likelihood, {"binarised_at": 0.5 if high <= 1 else high / 2}
     if likelihood in LEVELS and not counts:
-        levels = [
-            n for n in _LEVELS if low >= 0 and high <= 1 and torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)
-        ]
+        levels = _levels_of(x) if low >= 0 and high <= 1 else 0
         if not levels:
             raise ValueError(f"--likelihood {likelihood} needs counts 0, 1, ..., 255 (or grey levels in [0, 1]); try gaussian")
-        return likelihood, {"levels": levels[0]}
+        return likelihood, {"levels": levels}
     return likelihood, {"counts": True} if likelihood in LEVELS else {}
+
+
+def _levels_of(x: Tensor) -> int:
+    """Of how many levels numbers in [0, 1] are; 0 if of none."""
+    return next((n for n in _LEVELS if torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)), 0)
 
 
 def _prepare(x: Any, prepared: dict[str, Any]) -> Any:

@@ -461,6 +461,47 @@ def test_pixels_are_seen_alike_by_densities_and_masses(tmp_path, monkeypatch, ca
     answer(capsys, "score", "run", "digits")
 
 
+GREY = torch.tensor([[[0.5, 0.25], [0.1, 0.9]]])
+"""A grey image on no grid of levels."""
+
+
+@pytest.mark.parametrize(
+    ("families", "seen", "prepared"),
+    [
+        ({"energy": {}}, "real", {}),
+        ({"rbm": {}}, "bits", {"binarised_at": 0.5}),
+        ({"rbm": {"visible": "gaussian"}}, "real", {}),
+        ({"gaussian": {}}, "levels", {"levels": 17}),
+        ({"gaussian": {}, "energy": {}}, "levels", {"levels": 17}),
+        ({"vae": {}, "energy": {}}, "bits", {"binarised_at": 0.5}),
+        ({"gan": {}}, "", None),
+    ],
+)
+def test_grey_images_are_bits_for_those_alone_that_have_bits(families, seen, prepared):
+    assert runs.grey_of(families) == seen
+    if prepared is not None:
+        assert runs._observation(torch.tensor([[[0.0, 3 / 16], [1.0, 0.5]]]), None, seen)[1] == prepared
+        assert runs._observation(GREY, None, seen)[1] == (prepared if seen == "bits" else {})
+        assert runs._observation(GREY.round(), None, seen) == ("bernoulli", {})
+    assert "gaussian keeps" in runs.note_of({"prepared": {"binarised_at": 0.5}}, list(families))
+
+
+def test_an_energy_of_grey_images_is_of_their_values_and_what_is_taken_as_bits_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x = torch.rand(40, 4, 3, generator=torch.Generator().manual_seed(0))
+    np.save("grey.npy", x.numpy())
+    options = ["--steps", "2", "--compile", "eager"]
+    assert cli.run(["fit", "grey.npy", "--model", "energy", "--set", "hidden=[4]", *options, "--out", "energy"]) == 0
+    model, record = runs.open_run(Path("energy"), None)
+    assert record["data"]["prepared"] == {} and model.preprocess is None and "note: grey" not in capsys.readouterr().err
+    assert torch.equal(runs.batch("grey.npy", record), x)
+    assert cli.run(["fit", "grey.npy", "--model", "vae", "--latent-dim", "2", *options, "--out", "vae"]) == 0
+    said = "note: grey images are taken as bits, 1 from 0.5 on; --likelihood categorical or gaussian keeps their values\n"
+    assert said in capsys.readouterr().err
+    assert cli.run(["compare", "digits", "--models", "gaussian", "--set", "gaussian.covariance=diagonal"]) == 0
+    assert "note: grey images are taken as levels 0 to 16\n" in capsys.readouterr().err
+
+
 # --- a program of one's own ------------------------------------------------------------------------------------------------
 
 
@@ -521,8 +562,8 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "digits:tset", "--model", "vae"], "did you mean 'test'?"),
         (["fit", "digits", "--model", "vae", "--data", "y.csv"], "--data does not go with a family"),
         (["fit", "digits", "more", "--model", "vae"], "more does not go with a family"),
-        (["fit", "digits", "--model", "vae", "--compile", "fast"], "`compile` is 'fast'"),
-        (["fit", "digits", "--model", "vae", "--epochs", "0"], "`epochs` should be a positive number, got 0"),
+        (["fit", "digits", "--model", "vae", "--compile", "fast", "-q"], "`compile` is 'fast'"),
+        (["fit", "digits", "--model", "vae", "--epochs", "0", "-q"], "`epochs` should be a positive number, got 0"),
         (["fit", "digits", "--model", "vae", "--epochs", "x"], "Invalid value for '--epochs'"),
         (["fit", "digits", "--model", "autoencoder", "--likelihood", "gaussian"], "--likelihood: autoencoder has no setting"),
         (["fit", "mean.py:model"], "--data is missing"),
