@@ -319,6 +319,8 @@ def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):
 
 SHORT = {
     "energy": ["--set", "hidden=[4]", "--set", "tempering=[4,2,2]"],
+    "gan": ["--set", "hidden=[5]", "--set", "latent_dim=2"],
+    "diffusion": ["--set", "width=6", "--set", "blocks=1", "--set", "log_snr=[-5.5,8]"],
 }  # fmt: skip
 
 
@@ -371,6 +373,43 @@ def test_the_normaliser_of_an_energy_is_estimated_where_it_is_scored_or_compared
 
 def log_z_is_not_a_number():
     raise FloatingPointError("log Z is not a number")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [("energy", signal.SIGTERM, 143), ("gan", signal.SIGINT, 130), ("diffusion", signal.SIGINT, 130)],
+)
+def test_an_interrupted_fit_goes_on_to_the_same_bits_with_its_pictures(fit_short, monkeypatch, capsys, name, number, code):
+    drawn = []
+    monkeypatch.setattr(pgen.plots, "save", lambda figure, path: drawn.append(Path(path).stem))
+    assert fit_short(name) == 0 and "samples" in drawn
+    whole, record = runs.open_run(Path(name), None)
+    assert record["run"]["steps"] == 8 and record["model"]["family"] == name
+    assert record["model"]["settings"].get("log_snr", [-5.5, 8]) == [-5.5, 8]
+    shutil.rmtree(name)
+
+    class Stopped(pgen.plots.Pictures):
+        def on_state(self, step):
+            super().on_state(step)
+            if step == 3:
+                signal.raise_signal(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pgen.plots, "Pictures", Stopped)
+        assert fit_short(name, "--pictures", 3) == code
+    assert runs.read_record(Path(name))["run"]["stopped"].startswith("interrupted")
+    half = runs.open_run(Path(name), None)[0]
+    assert half.last_run.steps == 3 and set(drawn[drawn.index("step-000003") :]) == {"step-000003"}
+    assert any((half.state_dict()[k] != v).any() for k, v in whole.state_dict().items())
+    assert fit_short(name) == 2 and "add --resume" in capsys.readouterr().err
+    drawn.clear()
+    assert fit_short(name, "--pictures", 3, "--resume") == 0
+    again, record = runs.open_run(Path(name), None)
+    assert record["run"]["steps"] == 8
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert [stem for stem in drawn if stem.startswith("step")] == ["step-000006", "step-000008"]  # not from the start
+    assert not runs.has_checkpoint(Path(name))
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------------
