@@ -128,6 +128,14 @@ def fit(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of Adam.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            metavar="NAME[:KEY=VALUE,...]",
+            help=f"What is optimised, as in adversarial:loss=hinge,r1=0.1: {', '.join(runs.OBJECTIVES)}.",
+        ),
+    ] = None,
     settings: Settings = None,
     latent_dim: Annotated[int | None, typer.Option("--latent-dim", help="Latent dimensions.")] = None,
     likelihood: Annotated[
@@ -150,6 +158,12 @@ def fit(
 ) -> Result:
     """Fit a family to data, or a Pyro program of your own."""
     _check_out(out, overwrite, resume)
+    if pictures is not None and pictures < 1:
+        raise ValueError(f"--pictures should be a positive number of steps, got {pictures}")
+    if objective is None and resume:
+        objective = runs.objective_of(out)
+    if objective is not None:
+        runs.parse_objective(objective)
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
         reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
@@ -169,7 +183,7 @@ def fit(
             _say(f"columns: {subject.about['data']['held']}")
         if (found := runs.context_of(subject.about)) and not quiet:
             _say(f"context: {found.words()}")
-    code = 0
+    code, subject.about["model"]["objective"] = 0, objective
     if pictures is not None:
         progress = pgen.plots.Pictures(
             subject.model, out / runs.PROGRESS, every=pictures, context=subject.contexts(64),
@@ -180,7 +194,7 @@ def fit(
             subject.model.fit(
                 subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
                 seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
-                callbacks=() if pictures is None else [progress],
+                callbacks=() if pictures is None else [progress], objective=runs.objective(objective, subject.x, seed),
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 143 if isinstance(stop, SystemExit) else 130
@@ -389,9 +403,14 @@ def evaluate(
         raise ValueError("--features classifier needs training data with classes, which these have not; take pca or pixels")
     x = held.sample(fitted, num, seed)
     labels = held.labels if features == "classifier" else None
-    found = samples.evaluate(
-        x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
-    )
+    try:
+        found = samples.evaluate(
+            x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
+        )
+    except ValueError as error:
+        if "which is too few" not in str(error):
+            raise
+        raise ValueError(f"{error}; `real` is {held.about_real}") from error
     log_prob = runs.likelihood(fitted, held.batch, num_samples=num_samples, seed=seed, progress=not quiet)
     if png is not None:
         pgen.plots.save(pgen.plots.samples_and_neighbours(found, record["data"].get("columns")), png)
@@ -419,7 +438,7 @@ def info(folder: Folder, as_json: Json = False) -> Result:
     files.read_metadata(folder / runs.MODEL)
     record = {name: value for name, value in record.items() if name not in ("history", "validation")}
     known = (runs.MODEL, runs.RECORD, *runs.PICTURES, runs.REPORT)
-    record |= {"out": str(folder), "files": [name for name in known if (folder / name).exists()]}
+    record |= {"out": str(folder), "files": [name for name in known if (folder / name).exists()] + runs.shown(folder)}
     return Result({"command": "info", **record}, lambda console: _show_record(console, record))
 
 
@@ -609,6 +628,7 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
     value = None if done["bound"] is None else sign * done["bound"]
     facts = {
         "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
+        "objective": model.get("objective"),
         "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
         "columns": data["held"],
         "context": context.words() if (context := runs.context_of(record)) else "",

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import pgen
+from pgen import objectives
 from pgen.contracts import Batch, Run, Score, check_choice, nearest
 from pgen.data import ContextColumns, Loaded, Table
 from pgen.distributions.observation import LEVELS
@@ -38,6 +39,7 @@ __all__ = [
     "CHECKPOINT",
     "COMPARISON",
     "MODEL",
+    "OBJECTIVES",
     "PICTURES",
     "PROGRESS",
     "RECORD",
@@ -63,8 +65,11 @@ __all__ = [
     "held_out",
     "likelihood",
     "note_of",
+    "objective",
+    "objective_of",
     "open_run",
     "parse_each",
+    "parse_objective",
     "parse_settings",
     "plain",
     "read_record",
@@ -74,6 +79,7 @@ __all__ = [
     "save_run",
     "scored",
     "settings_of",
+    "shown",
 ]
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
@@ -96,8 +102,21 @@ SHORT = {
     "hmm": "hidden_markov",
 }  # fmt: skip
 """What families are called for short."""
+OBJECTIVES: dict[str, Any] = {
+    "elbo": objectives.ELBO, "iwae": objectives.IWAE, "dreg": objectives.DReG, "vimco": objectives.VIMCO,
+    "renyi": objectives.Renyi, "simple": objectives.Simple, "adversarial": objectives.Adversarial,
+    "contrastive": objectives.ContrastiveDivergence, "persistent": objectives.PersistentContrastiveDivergence,
+    "denoising": objectives.DenoisingScoreMatching, "sliced": objectives.SlicedScoreMatching,
+    "noise_contrastive": objectives.NoiseContrastive,
+}  # fmt: skip
+"""Objectives by the names that the command line knows them by."""
+_OBJECTIVES_KNOWN_AS = {
+    **{made.__name__.lower(): name for name, made in OBJECTIVES.items()}, "pcd": "persistent", "cd": "contrastive",
+    "nce": "noise_contrastive",
+}  # fmt: skip
 _PARTS = ("train", "validation", "test")
 _LEVELS = (17, 256)  # of grey images given in [0, 1]
+_NEXT_ASSIGNMENT = re.compile(r",(?=[^,=]*=)")
 _CONSTANT = re.compile(r"constant in column (\d+)|number (\d+) of each datum is constant")
 _MAX_RECORD = 64 * 2**20  # bytes
 _MAX_HISTORY = 2000  # entries of the recorded history: means of equal stretches beyond that
@@ -243,6 +262,11 @@ class Subject:
         data |= {"shape": list(parts.x[0].shape[1:]), **parts.told(model)}
         about = {"model": {"family": name, "settings": model.settings()}, "data": data}
         return cls(model, parts.batch(0), parts.batch(1), parts.loaded.labels, about)
+
+    @property
+    def x(self) -> Any:
+        """What is modelled, without its context."""
+        return _x(self.train)
 
     def contexts(self, num: int) -> Tensor | None:
         """The contexts of the first ``num`` training data, over again where they are fewer; None without a context."""
@@ -556,7 +580,69 @@ def settings_of(name: str) -> list[str]:
     return [key for key, p in accepted.items() if key not in hidden and _is_plain(key, str(p.annotation))]
 
 
-def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+def parse_objective(text: str) -> tuple[str, dict[str, Any]]:
+    """``"adversarial:loss=hinge,critic_moves=2"`` as the name of an objective and its arguments, checked.
+
+    Raises:
+        ValueError: If there is no such objective or argument, or a value is not of its kind, in one line.
+
+    Example:
+        >>> parse_objective("adversarial:loss=hinge,critic_moves=2")
+        ('adversarial', {'loss': 'hinge', 'critic_moves': 2})
+        >>> parse_objective("simple")
+        ('simple', {})
+    """
+    name, _, rest = text.partition(":")
+    check_choice("--objective", name, tuple(OBJECTIVES), _OBJECTIVES_KNOWN_AS)
+    accepted = {field.name: str(field.type) for field in fields(OBJECTIVES[name]) if field.init and field.repr}
+    offered = [key for key, annotation in accepted.items() if key == "noise" or _is_plain(key, annotation)]
+    given = parse_settings(re.split(_NEXT_ASSIGNMENT, rest) if rest else [], f"--objective {name}:", "KEY=VALUE,...")
+    for key, value in given.items():
+        if key not in offered:
+            has = f"has no argument {key!r}{nearest(key, offered)}" if offered else f"takes no arguments, got {key!r}"
+            raise ValueError(f"--objective {name} {has}")
+        if key == "noise":
+            _named("--objective noise_contrastive:noise", str(value))
+        elif not ("Schedule" in accepted[key] and _is_line(value)):
+            _check_kind(name, key, value, accepted[key])
+    return name, given
+
+
+def _is_line(value: Any) -> bool:
+    """Whether a value gives the two ends of a straight line."""
+    numbers = isinstance(value, list) and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in value)
+    return numbers and len(value) == 2
+
+
+def objective(text: str | None, x: Any, seed: int) -> Any:
+    """The objective that ``--objective`` names, for data like ``x``; None for the model's own.
+
+    A number that may change takes ``[START,END]``: a straight line over all of the training. ``noise`` is the name of a family.
+    """
+    if text is None:
+        return None
+    name, given = parse_objective(text)
+    given = {key: objectives.Linear(*value) if _is_line(value) else value for key, value in given.items()}
+    if name == "noise_contrastive":
+        given["noise"] = _noise(str(given.get("noise", "gaussian")), x, seed)
+    return OBJECTIVES[name](**given)
+
+
+def _noise(name: str, x: Any, seed: int) -> Any:
+    """A family of its own settings for the noise of noise contrast, which sees data as the model does."""
+    if not isinstance(x, Tensor):
+        raise ValueError("--objective noise_contrastive needs one array of data, and this program is given several")
+    family, given = cast(Any, pgen.models.REGISTRY[_named("noise", name)]), {"seed": seed}
+    accepted = inspect.signature(family).parameters
+    given |= {key: value for key, value in family.suggest(x, {"likelihood": "gaussian"}).items() if key != "preprocess"}
+    if needed := [key for key, p in accepted.items() if p.default is p.empty and key not in ("event_shape", *given)]:
+        raise ValueError(f"--objective noise_contrastive:noise={name}: {name} needs a value of {needed[0]!r}; take gaussian")
+    return family(tuple(x.shape[1:]), **{key: value for key, value in given.items() if key in accepted})
+
+
+def parse_settings(
+    assignments: Sequence[str], option: str = "--set", such: str = "key=value, such as --set rank=2"
+) -> dict[str, Any]:
     """``["rank=2", "hidden=[64, 64]"]`` as a dict: values are JSON, or else text.
 
     Example:
@@ -567,9 +653,9 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set takes key=value, such as --set rank=2, got {text!r}")
+            raise ValueError(f"{option} takes {such}, got {text!r}")
         if key in found:
-            raise ValueError(f"--set gives {key!r} twice")
+            raise ValueError(f"{option} gives {key!r} twice")
         try:
             found[key] = json.loads(value)
         except ValueError:
@@ -807,6 +893,16 @@ def discard_checkpoint(out: Path) -> None:
             folder.rmdir()
 
 
+def objective_of(out: Path) -> str | None:
+    """The ``--objective`` of the interrupted fit in a folder, where it was left a record; None for the model's own."""
+    return read_record(out)["model"].get("objective") if (out / RECORD).is_file() else None
+
+
+def shown(folder: Path) -> list[str]:
+    """The folder of pictures that a fit drew as it went on, if there are any, as a list of names."""
+    return [f"{PROGRESS}/"] if any((folder / PROGRESS).glob("step-*.png")) else []
+
+
 def save_run(out: Path, subject: Subject, fitted: Run, *, finished: bool = True) -> dict[str, Any]:
     """Write model and record into ``out``, and pictures of a finished fit, whose checkpoints go.
 
@@ -822,7 +918,7 @@ def save_run(out: Path, subject: Subject, fitted: Run, *, finished: bool = True)
     drawn, reasons = _draw(out, subject, fitted) if finished else ([], {})
     if finished:
         discard_checkpoint(out)
-    return {**record, "files": [MODEL, RECORD, *drawn], "not_drawn": reasons}
+    return {**record, "files": [MODEL, RECORD, *drawn, *shown(out)], "not_drawn": reasons}
 
 
 def _draw(out: Path, subject: Subject, fitted: Run) -> tuple[list[str], dict[str, str]]:
@@ -1226,7 +1322,7 @@ def given(texts: Sequence[str], record: dict[str, Any]) -> tuple[Tensor, bool]:
     if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
         return _read_contexts(texts[0], record, context), True
     values: dict[str, str] = {}
-    for assignment in (part for text in texts for part in re.split(r",(?=[^,=]*=)", text)):
+    for assignment in (part for text in texts for part in re.split(_NEXT_ASSIGNMENT, text)):
         name, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or name in values:
             wrong = f"gives {name!r} twice" if equals else f"takes NAME=VALUE,... or one file, got {assignment!r}"
@@ -1382,7 +1478,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 _FACTS = ("word", "stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")
 _TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
 _SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {"family": _TEXT, "file": _TEXT, "guide": _TEXT, "settings": (dict, type(None)), "names": (list, type(None))},
+    "model": {
+        "family": _TEXT,
+        "file": _TEXT,
+        "guide": _TEXT,
+        "settings": (dict, type(None)),
+        "names": (list, type(None)),
+        "objective": _TEXT,
+    },
     "data": {
         "source": str,
         "train": int,

@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -376,13 +377,17 @@ def log_z_is_not_a_number():
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "code"),
-    [("energy", signal.SIGTERM, 143), ("gan", signal.SIGINT, 130), ("diffusion", signal.SIGINT, 130)],
+    ("name", "number", "code", "more", "other"),
+    [
+        ("energy", signal.SIGTERM, 143, (), "persistent:steps=3"),
+        ("gan", signal.SIGINT, 130, ("--objective", "adversarial:loss=hinge,r1=[0.1,0]"), "adversarial"),
+        ("diffusion", signal.SIGINT, 130, ("--objective", "simple"), "elbo"),
+    ],
 )
-def test_an_interrupted_fit_goes_on_to_the_same_bits_with_its_pictures(fit_short, monkeypatch, capsys, name, number, code):
+def test_an_interrupted_fit_goes_on_to_the_same_bits(fit_short, monkeypatch, capsys, name, number, code, more, other):
     drawn = []
     monkeypatch.setattr(pgen.plots, "save", lambda figure, path: drawn.append(Path(path).stem))
-    assert fit_short(name) == 0 and "samples" in drawn
+    assert fit_short(name, *more) == 0 and "samples" in drawn
     whole, record = runs.open_run(Path(name), None)
     assert record["run"]["steps"] == 8 and record["model"]["family"] == name
     assert record["model"]["settings"].get("log_snr", [-5.5, 8]) == [-5.5, 8]
@@ -396,20 +401,58 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits_with_its_pictures(fit_short
 
     with monkeypatch.context() as patched:
         patched.setattr(pgen.plots, "Pictures", Stopped)
-        assert fit_short(name, "--pictures", 3) == code
+        assert fit_short(name, *more, "--pictures", 3) == code
     assert runs.read_record(Path(name))["run"]["stopped"].startswith("interrupted")
     half = runs.open_run(Path(name), None)[0]
     assert half.last_run.steps == 3 and set(drawn[drawn.index("step-000003") :]) == {"step-000003"}
     assert any((half.state_dict()[k] != v).any() for k, v in whole.state_dict().items())
     assert fit_short(name) == 2 and "add --resume" in capsys.readouterr().err
     drawn.clear()
-    assert fit_short(name, "--pictures", 3, "--resume") == 0
+    assert fit_short(name, "--resume", "--objective", other) == 2 and "holds a run with objective = " in capsys.readouterr().err
+    assert fit_short(name, "--pictures", 3, "--resume") == 0  # the objective is that of the record
     again, record = runs.open_run(Path(name), None)
-    assert record["run"]["steps"] == 8
+    assert record["run"]["steps"] == 8 and record["model"]["objective"] == (more[1] if more else None)
     for key, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     assert [stem for stem in drawn if stem.startswith("step")] == ["step-000006", "step-000008"]  # not from the start
     assert not runs.has_checkpoint(Path(name))
+
+
+def test_objectives_are_named_and_given_their_arguments():
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    adversarial = pgen.objectives.Adversarial("hinge", critic_moves=2, r1=pgen.objectives.Linear(0.1, 0))
+    assert runs.objective("adversarial:loss=hinge,critic_moves=2,r1=[0.1,0]", x, 0) == adversarial
+    assert runs.objective("persistent:num_temps=4,step_size=0.5", x, 0) == pgen.objectives.PersistentContrastiveDivergence(
+        num_temps=4, step_size=0.5
+    )
+    noise = runs.objective("noise_contrastive:ratio=3,noise=gmm", x, 0)
+    assert (noise.ratio, noise.noise.family, noise.noise.event_shape) == (3, "gaussian_mixture", (3,))
+    assert runs.objective("noise_contrastive", x, 0).noise.preprocess is None and runs.objective(None, x, 0) is None
+    for name, made in runs.OBJECTIVES.items():
+        assert type(runs.objective(name, x, 0)) is made
+    known = {made for made in vars(pgen.objectives).values() if isinstance(made, type) and hasattr(made, "rows")}
+    assert set(runs.OBJECTIVES.values()) == known - {pgen.objectives.Objective}
+    for text, said in [
+        ("noise_contrastive:noise=mixture_of", "mixture_of needs a value of 'components'; take gaussian"),
+        ("noise_contrastive:noise=no", "noise` is 'no', which is unknown"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            runs.objective(text, x, 0)
+    with pytest.raises(ValueError, match="needs one array of data, and this program is given several"):
+        runs.objective("noise_contrastive", (x, x), 0)
+
+
+def test_info_names_the_pictures_of_progress_and_evaluate_says_which_rows_are_too_few(tables, capsys, tmp_path):
+    lines = (tables / "train.csv").read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join(lines[:61]))
+    few, run = str(tmp_path / "few.csv"), str(tmp_path / "run")
+    assert cli.run(["fit", few, "--model", "gaussian", "-q", "--out", run]) == 0
+    assert "progress/" not in answer(capsys, "info", run)["files"]
+    (tmp_path / "run" / runs.PROGRESS).mkdir()
+    (tmp_path / "run" / runs.PROGRESS / "step-000003.png").touch()
+    assert answer(capsys, "info", run)["files"][-1] == "progress/"
+    assert cli.run(["evaluate", run, few, "-q"]) == 2
+    assert f"`real` is the rows of {few} that the fit held out (6)" in capsys.readouterr().err
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------------
@@ -637,6 +680,29 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
             "'critic' of gan is nn.Module | None, which the command line",
         ),
         (["fit", "digits", "--model", "gaussian", "--set", "covariance=round"], "`covariance` is 'round', which is unknown"),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adverse"],
+            "`--objective` is 'adverse', which is unknown; did you mean 'adversarial'? (known: elbo, ",
+        ),
+        (["fit", "digits", "--model", "energy", "--objective", "PCD"], "which is called 'persistent' here"),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:los=hinge"],
+            "has no argument 'los'; did you mean 'loss'?",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:hinge"],
+            "adversarial: takes KEY=VALUE,..., got 'hinge'",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:r1=[1,2,3]"],
+            "should be float | Schedule, got [1, 2, 3]",
+        ),
+        (
+            ["fit", "digits", "--model", "energy", "--objective", "contrastive:chains=2"],
+            "has no argument 'chains' (known: steps",
+        ),
+        (["fit", "digits", "--model", "flow_matching", "--objective", "simple:x=2"], "simple takes no arguments, got 'x'"),
+        (["fit", "digits", "--model", "gan", "--pictures", "0"], "--pictures should be a positive number of steps, got 0"),
         (["fit", "mean.py:model", "--data", "y.csv", "--set", "rank=2"], "--set does not go with a program of your own"),
         (["compare", "digits", "--models", "gaussian,nothing"], "`--models` is 'nothing', which is unknown"),
         (["compare", "digits", "--models", "vae,vae"], "each once"),
