@@ -163,7 +163,7 @@ def fit(
     if objective is None and resume:
         objective = runs.objective_of(out)
     if objective is not None:
-        runs.parse_objective(objective)
+        runs.parse_objective(objective, program=".py:" in source[0])
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
         reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}

@@ -110,6 +110,7 @@ OBJECTIVES: dict[str, Any] = {
     "noise_contrastive": objectives.NoiseContrastive,
 }  # fmt: skip
 """Objectives by the names that the command line knows them by."""
+_BOUNDS = ("elbo", "iwae", "dreg", "vimco", "renyi")
 _OBJECTIVES_KNOWN_AS = {
     **{made.__name__.lower(): name for name, made in OBJECTIVES.items()}, "pcd": "persistent", "cd": "contrastive",
     "nce": "noise_contrastive",
@@ -580,8 +581,12 @@ def settings_of(name: str) -> list[str]:
     return [key for key, p in accepted.items() if key not in hidden and _is_plain(key, str(p.annotation))]
 
 
-def parse_objective(text: str) -> tuple[str, dict[str, Any]]:
+def parse_objective(text: str, *, program: bool = False) -> tuple[str, dict[str, Any]]:
     """``"adversarial:loss=hinge,critic_moves=2"`` as the name of an objective and its arguments, checked.
+
+    Args:
+        text: What ``--objective`` was given.
+        program: Whether it is for a program of the user's own: a bound, then.
 
     Raises:
         ValueError: If there is no such objective or argument, or a value is not of its kind, in one line.
@@ -594,6 +599,8 @@ def parse_objective(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     check_choice("--objective", name, tuple(OBJECTIVES), _OBJECTIVES_KNOWN_AS)
+    if program and name not in _BOUNDS:
+        raise ValueError(f"--objective {name} does not go with a program of your own; take {_either(list(_BOUNDS))}")
     accepted = {field.name: str(field.type) for field in fields(OBJECTIVES[name]) if field.init and field.repr}
     offered = [key for key, annotation in accepted.items() if key == "noise" or _is_plain(key, annotation)]
     given = parse_settings(re.split(_NEXT_ASSIGNMENT, rest) if rest else [], f"--objective {name}:", "KEY=VALUE,...")
@@ -628,10 +635,8 @@ def objective(text: str | None, x: Any, seed: int) -> Any:
     return OBJECTIVES[name](**given)
 
 
-def _noise(name: str, x: Any, seed: int) -> Any:
+def _noise(name: str, x: Tensor, seed: int) -> Any:
     """A family of its own settings for the noise of noise contrast, which sees data as the model does."""
-    if not isinstance(x, Tensor):
-        raise ValueError("--objective noise_contrastive needs one array of data, and this program is given several")
     family, given = cast(Any, pgen.models.REGISTRY[_named("noise", name)]), {"seed": seed}
     accepted = inspect.signature(family).parameters
     given |= {key: value for key, value in family.suggest(x, {"likelihood": "gaussian"}).items() if key != "preprocess"}

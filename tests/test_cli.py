@@ -438,8 +438,6 @@ def test_objectives_are_named_and_given_their_arguments():
     ]:
         with pytest.raises(ValueError, match=re.escape(said)):
             runs.objective(text, x, 0)
-    with pytest.raises(ValueError, match="needs one array of data, and this program is given several"):
-        runs.objective("noise_contrastive", (x, x), 0)
 
 
 def test_info_names_the_pictures_of_progress_and_evaluate_says_which_rows_are_too_few(tables, capsys, tmp_path):
@@ -587,6 +585,12 @@ def test_an_energy_of_grey_images_is_of_their_values_and_what_is_taken_as_bits_i
 # --- a program of one's own ------------------------------------------------------------------------------------------------
 
 
+def test_a_program_takes_another_bound(program, capsys):
+    options = ["--data", "y.csv", "--steps", "2", "--compile", "eager", "--objective", "iwae:num_samples=3"]
+    found = answer(capsys, "fit", "mean.py:model", *options)
+    assert found["model"]["objective"] == "iwae:num_samples=3" and found["run"]["word"] == "bound"
+
+
 @pytest.mark.parametrize("guide", [["mean.py:guide"], ["--guide", "full_rank"], []])
 def test_a_program_is_fitted_saved_and_found_again(program, capsys, guide):
     fitted = answer(capsys, "fit", "mean.py:model", *guide, "--data", "y.csv", "--steps", 60, "--compile", "eager", "--seed", 2)
@@ -702,6 +706,10 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
             "has no argument 'chains' (known: steps",
         ),
         (["fit", "digits", "--model", "flow_matching", "--objective", "simple:x=2"], "simple takes no arguments, got 'x'"),
+        (
+            ["fit", "mean.py:model", "--data", "y.csv", "--objective", "simple"],
+            "--objective simple does not go with a program of your own; take elbo, iwae, dreg, vimco or renyi",
+        ),
         (["fit", "digits", "--model", "gan", "--pictures", "0"], "--pictures should be a positive number of steps, got 0"),
         (["fit", "mean.py:model", "--data", "y.csv", "--set", "rank=2"], "--set does not go with a program of your own"),
         (["compare", "digits", "--models", "gaussian,nothing"], "`--models` is 'nothing', which is unknown"),
