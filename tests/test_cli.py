@@ -702,8 +702,8 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
             "should be float | Schedule, got [1, 2, 3]",
         ),
         (
-            ["fit", "digits", "--model", "energy", "--objective", "contrastive:chains=2"],
-            "has no argument 'chains' (known: steps",
+            ["fit", "digits", "--model", "energy", "--objective", "contrastive:exact=true"],
+            "has no argument 'exact' (known: steps",
         ),
         (["fit", "digits", "--model", "flow_matching", "--objective", "simple:x=2"], "simple takes no arguments, got 'x'"),
         (
