@@ -128,6 +128,14 @@ def fit(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Data a step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of Adam.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            metavar="NAME[:KEY=VALUE,...]",
+            help=f"What is optimised, as in adversarial:loss=hinge,r1=0.1: {', '.join(runs.OBJECTIVES)}.",
+        ),
+    ] = None,
     settings: Settings = None,
     latent_dim: Annotated[int | None, typer.Option("--latent-dim", help="Latent dimensions.")] = None,
     likelihood: Annotated[
@@ -150,6 +158,12 @@ def fit(
 ) -> Result:
     """Fit a family to data, or a Pyro program of your own."""
     _check_out(out, overwrite, resume)
+    if pictures is not None and pictures < 1:
+        raise ValueError(f"--pictures should be a positive number of steps, got {pictures}")
+    if objective is None and resume:
+        objective = runs.objective_of(out)
+    if objective is not None:
+        runs.parse_objective(objective, program=".py:" in source[0])
     if ".py:" in source[0]:
         options = {"--model": model, "--set": settings, "--latent-dim": latent_dim, "--likelihood": likelihood}
         reads = {"--columns": columns, "--without": without, "--categorical": categorical, "--complete": complete or None}
@@ -163,11 +177,13 @@ def fit(
                 raise ValueError(f"--set and --{option.replace('_', '-')} say different things: {given[option]} and {value}")
         reading = _reading(columns, without, categorical, complete, context)
         subject = runs.Subject.family(source[0], model, given, seed, reading)
+        if (note := runs.note_of(subject.about["data"], [subject.about["model"]["family"]])) and not quiet:
+            _say(f"note: {note}")
         if subject.about["data"]["held"] and not quiet:
             _say(f"columns: {subject.about['data']['held']}")
         if (found := runs.context_of(subject.about)) and not quiet:
             _say(f"context: {found.words()}")
-    code = 0
+    code, subject.about["model"]["objective"] = 0, objective
     if pictures is not None:
         progress = pgen.plots.Pictures(
             subject.model, out / runs.PROGRESS, every=pictures, context=subject.contexts(64),
@@ -178,7 +194,7 @@ def fit(
             subject.model.fit(
                 subject.train, validation=subject.validation, epochs=epochs, steps=steps, batch_size=batch_size, optimizer=lr,
                 seed=seed, compile=compile, device=device, progress=not quiet, checkpoint=out / runs.CHECKPOINT,
-                callbacks=() if pictures is None else [progress],
+                callbacks=() if pictures is None else [progress], objective=runs.objective(objective, subject.x, seed),
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 143 if isinstance(stop, SystemExit) else 130
@@ -238,15 +254,14 @@ def score(
 ) -> Result:
     """Log-density of data under a fitted model: exact, or a bound that says so."""
     fitted, record = runs.open_run(folder, program)
-    scored = fitted.log_prob(runs.batch(data, record), num_samples=num_samples, seed=seed)
+    scored, normalizer = runs.scored(fitted, runs.batch(data, record), num_samples=num_samples, seed=seed)
     if out is not None:
         _write_rows(out, scored.value, ["log_prob_nats"])
-    names = ("kind", "mean", "std_error", "total", "bits_per_dim", "event_size", "num_samples")
+    names = ("kind", "mean", "std_error", "total", "event_size", "num_samples")
     result = {"command": "score", "data": data, **{name: getattr(scored, name) for name in names}, "num_data": len(scored)}
-    result["files"] = [str(out)] if out else []
-    return Result(
-        result, lambda console: _facts(console, {"data": data, "log-density": str(scored), "written": result["files"]})
-    )
+    result |= {"bits_per_dim": runs.bits_per_dim(scored), "normalizer": normalizer, "files": [str(out)] if out else []}
+    facts = {"data": data, "log-density": str(scored), "normaliser": normalizer, "written": result["files"]}
+    return Result(result, lambda console: _facts(console, facts))
 
 
 @app.command()
@@ -288,14 +303,16 @@ def compare(
             raise ValueError(
                 "name families, `pgen compare DATA --models gaussian,vae`, or two runs: `pgen compare RUN1 RUN2 DATA`"
             )
-        found, about = runs.compare_runs(source[:-1], source[-1], options)
+        found, about = runs.compare_runs(source[:-1], source[-1], options, None if quiet else _say)
     else:
         _refuse("--models", {source[-1]: source[1:] or None})
         names = runs.check_models(models)
         given = runs.parse_each(settings or [], names)
         training = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": not quiet}
         reading = _reading(columns, without, categorical, complete, context)
-        parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True)
+        parts = runs.Parts.of(source[0], likelihood, seed, reading, test=True, grey=runs.grey_of(given))
+        if (note := runs.note_of({"prepared": parts.prepared}, names)) and not quiet:
+            _say(f"note: {note}")
         if parts.context is not None and not quiet:
             _say(f"context: {parts.context.words()}")
         fitted, about, failed = runs.fit_each(parts, names, given, training, None if quiet else _say)
@@ -386,9 +403,14 @@ def evaluate(
         raise ValueError("--features classifier needs training data with classes, which these have not; take pca or pixels")
     x = held.sample(fitted, num, seed)
     labels = held.labels if features == "classifier" else None
-    found = samples.evaluate(
-        x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
-    )
+    try:
+        found = samples.evaluate(
+            x, held.real, train=held.train, labels=labels, features=features, most=num, seed=seed, progress=not quiet
+        )
+    except ValueError as error:
+        if "which is too few" not in str(error):
+            raise
+        raise ValueError(f"{error}; `real` is {held.about_real}") from error
     log_prob = runs.likelihood(fitted, held.batch, num_samples=num_samples, seed=seed, progress=not quiet)
     if png is not None:
         pgen.plots.save(pgen.plots.samples_and_neighbours(found, record["data"].get("columns")), png)
@@ -416,7 +438,7 @@ def info(folder: Folder, as_json: Json = False) -> Result:
     files.read_metadata(folder / runs.MODEL)
     record = {name: value for name, value in record.items() if name not in ("history", "validation")}
     known = (runs.MODEL, runs.RECORD, *runs.PICTURES, runs.REPORT)
-    record |= {"out": str(folder), "files": [name for name in known if (folder / name).exists()]}
+    record |= {"out": str(folder), "files": [name for name in known if (folder / name).exists()] + runs.shown(folder)}
     return Result({"command": "info", **record}, lambda console: _show_record(console, record))
 
 
@@ -427,7 +449,7 @@ def models(as_json: Json = False) -> Result:
         {
             "model": name,
             "what": (inspect.getdoc(family) or "").split("\n")[0],
-            "settings": [p for p in inspect.signature(family).parameters if p not in ("event_shape", "preprocess")],
+            "settings": runs.settings_of(name),
         }
         for name, family in sorted(pgen.models.REGISTRY.items())
     ]
@@ -606,6 +628,7 @@ def _show_record(console: Console, record: dict[str, Any]) -> None:
     value = None if done["bound"] is None else sign * done["bound"]
     facts = {
         "model": f"{model['family']} ({settings})" if model.get("family") else program.strip(),
+        "objective": model.get("objective"),
         "data": f"{data['source']}: {data['train']}{shape}{held}{prepared.replace(' True', '')}",
         "columns": data["held"],
         "context": context.words() if (context := runs.context_of(record)) else "",

@@ -197,11 +197,13 @@ class Score:
     def __str__(self) -> str:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
         what = f"({KIND_WORDS[self.kind]}{samples})"
+        if self.kind != "unnormalised":  # an unknown constant has no bits
+            what += f", {self.bits_per_dim:.3f} bits/dim"
         if len(self) == 1:
             error = None if self.mc_error is None else float(self.mc_error)
-            return f"{plus_minus(self.mean, error)} nats {what}, {self.bits_per_dim:.3f} bits/dim{self._outside()}"
+            return f"{plus_minus(self.mean, error)} nats {what}{self._outside()}"
         mean = plus_minus(self.mean, self.std_error)
-        return f"{mean} nats a datum {what}, {self.bits_per_dim:.3f} bits/dim, {len(self)} data{self._outside()}"
+        return f"{mean} nats a datum {what}, {len(self)} data{self._outside()}"
 
     def _outside(self) -> str:
         """What to say of data that have no density at all."""

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -27,16 +27,19 @@ import torch
 from torch import Tensor
 
 import pgen
-from pgen.contracts import Batch, Run, check_choice, nearest
+from pgen import objectives
+from pgen.contracts import Batch, Run, Score, check_choice, nearest
 from pgen.data import ContextColumns, Loaded, Table
 from pgen.distributions.observation import LEVELS
 from pgen.evaluation.compare import Comparison
+from pgen.models.unnormalised import UnnormalisedModel
 from pgen.training.checkpoint import Checkpoint
 
 __all__ = [
     "CHECKPOINT",
     "COMPARISON",
     "MODEL",
+    "OBJECTIVES",
     "PICTURES",
     "PROGRESS",
     "RECORD",
@@ -47,6 +50,7 @@ __all__ = [
     "Reading",
     "Subject",
     "batch",
+    "bits_per_dim",
     "check_model",
     "check_models",
     "check_settings",
@@ -56,11 +60,16 @@ __all__ = [
     "discard_checkpoint",
     "fit_each",
     "given",
+    "grey_of",
     "has_checkpoint",
     "held_out",
     "likelihood",
+    "note_of",
+    "objective",
+    "objective_of",
     "open_run",
     "parse_each",
+    "parse_objective",
     "parse_settings",
     "plain",
     "read_record",
@@ -68,6 +77,9 @@ __all__ = [
     "save_comparison",
     "save_models",
     "save_run",
+    "scored",
+    "settings_of",
+    "shown",
 ]
 
 MODEL, RECORD, REPORT, CHECKPOINT = "model.pgen", "run.json", "report.html", "checkpoint"
@@ -90,8 +102,22 @@ SHORT = {
     "hmm": "hidden_markov",
 }  # fmt: skip
 """What families are called for short."""
+OBJECTIVES: dict[str, Any] = {
+    "elbo": objectives.ELBO, "iwae": objectives.IWAE, "dreg": objectives.DReG, "vimco": objectives.VIMCO,
+    "renyi": objectives.Renyi, "simple": objectives.Simple, "adversarial": objectives.Adversarial,
+    "contrastive": objectives.ContrastiveDivergence, "persistent": objectives.PersistentContrastiveDivergence,
+    "denoising": objectives.DenoisingScoreMatching, "sliced": objectives.SlicedScoreMatching,
+    "noise_contrastive": objectives.NoiseContrastive,
+}  # fmt: skip
+"""Objectives by the names that the command line knows them by."""
+_BOUNDS = ("elbo", "iwae", "dreg", "vimco", "renyi")
+_OBJECTIVES_KNOWN_AS = {
+    **{made.__name__.lower(): name for name, made in OBJECTIVES.items()}, "pcd": "persistent", "cd": "contrastive",
+    "nce": "noise_contrastive",
+}  # fmt: skip
 _PARTS = ("train", "validation", "test")
 _LEVELS = (17, 256)  # of grey images given in [0, 1]
+_NEXT_ASSIGNMENT = re.compile(r",(?=[^,=]*=)")
 _CONSTANT = re.compile(r"constant in column (\d+)|number (\d+) of each datum is constant")
 _MAX_RECORD = 64 * 2**20  # bytes
 _MAX_HISTORY = 2000  # entries of the recorded history: means of equal stretches beyond that
@@ -212,7 +238,7 @@ class Subject:
             raise ValueError(f"--model is missing: name a family{nearest('', sorted(families))}")
         name = _named("--model", name)
         settings = check_settings(name, settings)
-        parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, density=families[name].has_density)
+        parts = Parts.of(source, settings.get("likelihood"), seed, reading, test=False, grey=grey_of({name: settings}))
         return cls.of_parts(parts, name, settings, seed)
 
     @classmethod
@@ -237,6 +263,11 @@ class Subject:
         data |= {"shape": list(parts.x[0].shape[1:]), **parts.told(model)}
         about = {"model": {"family": name, "settings": model.settings()}, "data": data}
         return cls(model, parts.batch(0), parts.batch(1), parts.loaded.labels, about)
+
+    @property
+    def x(self) -> Any:
+        """What is modelled, without its context."""
+        return _x(self.train)
 
     def contexts(self, num: int) -> Tensor | None:
         """The contexts of the first ``num`` training data, over again where they are fewer; None without a context."""
@@ -284,13 +315,13 @@ class Parts:
 
     @classmethod
     def of(
-        cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, density: bool = True
+        cls, source: str, likelihood: str | None, seed: int, reading: Reading | None = None, *, test: bool, grey: str = "bits"
     ) -> Parts:
-        """The parts of ``source``: its own split where it has one, else drawn by the seed."""
+        """The parts of ``source``: its own split where it has one, else drawn by the seed; ``grey`` comes from ``grey_of``."""
         table, context, loaded = _held_out(source, seed, reading or Reading(), test=test)
         given = [_x(part.data) for part in loaded]
         plain = table is None or not (any(table.categories) or table.missing)
-        prepared = _observation(torch.cat(given), likelihood)[1] if density and plain else {}
+        prepared = _observation(torch.cat(given), likelihood, grey)[1] if grey and plain else {}
         prepared |= {"complete": True} if reading and reading.complete else {}
         contexts = () if context is None else tuple(cast(dict[str, Tensor], part.data)["context"] for part in loaded)
         x = [_prepare(part, prepared) for part in given]
@@ -486,13 +517,14 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if "event_shape" not in accepted:
         raise ValueError(f"{name} is made of other models, which the command line cannot name; use pgen.models in Python")
     known = [key for key in accepted if key not in ("event_shape", "preprocess", "seed")]
+    offered = settings_of(name)
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key == "likelihood" and family.has_density:  # it says how values are seen, whether the family asks or not
             continue
         if key not in known:
             option = f"--{key.replace('_', '-')}" if key in _OPTIONS else f"--set {key}={value}"
-            raise ValueError(f"{option}: {name} has no setting {key!r}; leave it out{nearest(key, known)}")
+            raise ValueError(f"{option}: {name} has no setting {key!r}; leave it out{nearest(key, offered)}")
         _check_kind(name, key, value, str(accepted[key].annotation))
     return given
 
@@ -500,23 +532,122 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 _OPTIONS = ("latent_dim", "likelihood")  # settings that the command line has an option for
 _PLAIN_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "Sequence": (list,), "Literal": (str,),
-    "None": (type(None),),
+    "None": (type(None),), "tuple": (list,),
 }  # fmt: skip
+_PARTS_OF_TUPLE = re.compile(r"tuple\[((?:int|float)(?:, (?:int|float))*)\]")
+_IN_PYTHON = {"num_labels": "the class of each datum"}
+"""What settings of plain types need beside them that only a program can give."""
 
 
 def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
     """Compare a value with the plain types in an annotation; arguments that no plain value can be are refused."""
-    words = re.findall(r"[A-Za-z_]+", re.sub(r"\[[^\]]*\]", "", annotation))
-    kinds = [_PLAIN_KINDS[word] for word in words if word in _PLAIN_KINDS]
-    if not [word for word in words if word in _PLAIN_KINDS and word != "None"]:
+    if key in _IN_PYTHON:
+        raise ValueError(
+            f"the setting {key!r} of {name} needs {_IN_PYTHON[key]}, which the command line cannot give; use Python"
+        )
+    words = _words(annotation)
+    if not _is_plain(key, annotation):
         raise ValueError(f"the setting {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
     wrong = isinstance(value, bool) and "bool" not in words
-    if wrong or not any(isinstance(value, kind) for kind in kinds):
+    if wrong or not any(isinstance(value, _PLAIN_KINDS[word]) for word in words if word in _PLAIN_KINDS):
         such = f", such as --set {key}=[64,64]" if annotation.startswith("Sequence[int]") else ""
         raise ValueError(f"the setting {key!r} of {name} should be {annotation}{such}, got {value!r}")
+    parts = _PARTS_OF_TUPLE.search(annotation)
+    if isinstance(value, list) and parts:
+        kinds = [_PLAIN_KINDS[part.strip()] for part in parts[1].split(",")]
+        if len(value) != len(kinds) or not all(
+            isinstance(part, kind) and not isinstance(part, bool) for part, kind in zip(value, kinds)
+        ):
+            such = ",".join("3" if kind == (int,) else "0.5" for kind in kinds)
+            raise ValueError(f"the setting {key!r} of {name} should be {parts[0]}, such as --set {key}=[{such}], got {value!r}")
 
 
-def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+def _words(annotation: str) -> list[str]:
+    """The types that an annotation names, without what stands in brackets."""
+    return re.findall(r"[A-Za-z_]+", re.sub(r"\[[^\]]*\]", "", annotation))
+
+
+def _is_plain(key: str, annotation: str) -> bool:
+    """Whether the command line can give such a setting."""
+    return key not in _IN_PYTHON and any(word in _PLAIN_KINDS and word != "None" for word in _words(annotation))
+
+
+def settings_of(name: str) -> list[str]:
+    """The settings of a family that the command line can give; of one made of other models none."""
+    accepted = inspect.signature(pgen.models.REGISTRY[name]).parameters
+    if "event_shape" not in accepted:
+        return []
+    hidden = ("event_shape", "preprocess", "seed")
+    return [key for key, p in accepted.items() if key not in hidden and _is_plain(key, str(p.annotation))]
+
+
+def parse_objective(text: str, *, program: bool = False) -> tuple[str, dict[str, Any]]:
+    """``"adversarial:loss=hinge,critic_moves=2"`` as the name of an objective and its arguments, checked.
+
+    Args:
+        text: What ``--objective`` was given.
+        program: Whether it is for a program of the user's own: a bound, then.
+
+    Raises:
+        ValueError: If there is no such objective or argument, or a value is not of its kind, in one line.
+
+    Example:
+        >>> parse_objective("adversarial:loss=hinge,critic_moves=2")
+        ('adversarial', {'loss': 'hinge', 'critic_moves': 2})
+        >>> parse_objective("simple")
+        ('simple', {})
+    """
+    name, _, rest = text.partition(":")
+    check_choice("--objective", name, tuple(OBJECTIVES), _OBJECTIVES_KNOWN_AS)
+    if program and name not in _BOUNDS:
+        raise ValueError(f"--objective {name} does not go with a program of your own; take {_either(list(_BOUNDS))}")
+    accepted = {field.name: str(field.type) for field in fields(OBJECTIVES[name]) if field.init and field.repr}
+    offered = [key for key, annotation in accepted.items() if key == "noise" or _is_plain(key, annotation)]
+    given = parse_settings(re.split(_NEXT_ASSIGNMENT, rest) if rest else [], f"--objective {name}:", "KEY=VALUE,...")
+    for key, value in given.items():
+        if key not in offered:
+            has = f"has no argument {key!r}{nearest(key, offered)}" if offered else f"takes no arguments, got {key!r}"
+            raise ValueError(f"--objective {name} {has}")
+        if key == "noise":
+            _named("--objective noise_contrastive:noise", str(value))
+        elif not ("Schedule" in accepted[key] and _is_line(value)):
+            _check_kind(name, key, value, accepted[key])
+    return name, given
+
+
+def _is_line(value: Any) -> bool:
+    """Whether a value gives the two ends of a straight line."""
+    numbers = isinstance(value, list) and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in value)
+    return numbers and len(value) == 2
+
+
+def objective(text: str | None, x: Any, seed: int) -> Any:
+    """The objective that ``--objective`` names, for data like ``x``; None for the model's own.
+
+    A number that may change takes ``[START,END]``: a straight line over all of the training. ``noise`` is the name of a family.
+    """
+    if text is None:
+        return None
+    name, given = parse_objective(text)
+    given = {key: objectives.Linear(*value) if _is_line(value) else value for key, value in given.items()}
+    if name == "noise_contrastive":
+        given["noise"] = _noise(str(given.get("noise", "gaussian")), x, seed)
+    return OBJECTIVES[name](**given)
+
+
+def _noise(name: str, x: Tensor, seed: int) -> Any:
+    """A family of its own settings for the noise of noise contrast, which sees data as the model does."""
+    family, given = cast(Any, pgen.models.REGISTRY[_named("noise", name)]), {"seed": seed}
+    accepted = inspect.signature(family).parameters
+    given |= {key: value for key, value in family.suggest(x, {"likelihood": "gaussian"}).items() if key != "preprocess"}
+    if needed := [key for key, p in accepted.items() if p.default is p.empty and key not in ("event_shape", *given)]:
+        raise ValueError(f"--objective noise_contrastive:noise={name}: {name} needs a value of {needed[0]!r}; take gaussian")
+    return family(tuple(x.shape[1:]), **{key: value for key, value in given.items() if key in accepted})
+
+
+def parse_settings(
+    assignments: Sequence[str], option: str = "--set", such: str = "key=value, such as --set rank=2"
+) -> dict[str, Any]:
     """``["rank=2", "hidden=[64, 64]"]`` as a dict: values are JSON, or else text.
 
     Example:
@@ -527,9 +658,9 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set takes key=value, such as --set rank=2, got {text!r}")
+            raise ValueError(f"{option} takes {such}, got {text!r}")
         if key in found:
-            raise ValueError(f"--set gives {key!r} twice")
+            raise ValueError(f"{option} gives {key!r} twice")
         try:
             found[key] = json.loads(value)
         except ValueError:
@@ -654,30 +785,66 @@ def _at(labels: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if labels is None else labels[rows]
 
 
-def _observation(x: Any, likelihood: str | None) -> tuple[str, dict[str, Any]]:
+def grey_of(families: dict[str, dict[str, Any]]) -> str:
+    """What families, given with their settings, see in grey images in [0, 1], all of them the same.
+
+    ``"bits"`` where one of them has a distribution of bits; ``"real"`` numbers where all know their densities up to a constant;
+    ``"levels"``, which other densities need to be finite, for the rest; nothing for a family that has no density.
+    """
+    kinds = {name: pgen.models.REGISTRY[name] for name in families}
+    if not all(family.has_density for family in kinds.values()):
+        return ""
+    if any(_has_bits(family, families[name]) for name, family in kinds.items()):
+        return "bits"
+    return "real" if all(issubclass(family, UnnormalisedModel) for family in kinds.values()) else "levels"
+
+
+def _has_bits(family: Any, settings: dict[str, Any]) -> bool:
+    accepted = inspect.signature(family).parameters
+    return "likelihood" in accepted or ("visible" in accepted and settings.get("visible") != "gaussian")
+
+
+def note_of(about: dict[str, Any], names: Sequence[str]) -> str:
+    """A line that says what became of grey images; empty where they are what they were."""
+    prepared = about["prepared"]
+    if "binarised_at" in prepared:
+        takes = any("likelihood" in inspect.signature(pgen.models.REGISTRY[name]).parameters for name in names)
+        keep = "--likelihood categorical or gaussian keeps" if takes else "--likelihood gaussian keeps"
+        return f"grey images are taken as bits, 1 from {prepared['binarised_at']:g} on; {keep} their values"
+    return f"grey images are taken as levels 0 to {prepared['levels'] - 1}" if "levels" in prepared else ""
+
+
+def _observation(x: Any, likelihood: str | None, seen: str = "bits") -> tuple[str, dict[str, Any]]:
     """The likelihood, and what is done to the data for its sake: recorded, shown, and done again to later data.
 
-    Ones and zeros are Bernoulli, counts up to 255 categorical, other tables Gaussian. Grey images in [0, 1] are binarised at
-    one half unless another likelihood is asked for; as ``categorical`` they are counted in their own levels.
+    Ones and zeros are Bernoulli, counts up to 255 categorical, other tables Gaussian. Grey images in [0, 1] are, unless another
+    likelihood is asked for, what ``seen`` says: ``"bits"``, binarised at one half; ``"levels"``, counted in their own levels as
+    with ``categorical``, or real where they have none; or ``"real"``.
     """
     low, high = float(x.min()), float(x.max())
     binary = bool(((x == 0) | (x == 1)).all())
     counts = low >= 0 and high <= 255 and bool((x == x.round()).all())
     if likelihood is None:
         grey = x.dim() > 2 and low >= 0 and high <= 1
-        likelihood = "bernoulli" if binary or grey else "categorical" if counts else "gaussian"
+        if grey and not binary and seen != "bits":
+            likelihood = "categorical" if seen == "levels" and _levels_of(x) else "gaussian"
+        else:
+            likelihood = "bernoulli" if binary or grey else "categorical" if counts else "gaussian"
     if likelihood == "bernoulli" and not binary:
         if low < 0 or x.dim() <= 2:
             raise ValueError(f"--likelihood bernoulli needs zeros and ones, the data lie in [{low:g}, {high:g}]; try gaussian")
         return likelihood, {"binarised_at": 0.5 if high <= 1 else high / 2}
     if likelihood in LEVELS and not counts:
-        levels = [
-            n for n in _LEVELS if low >= 0 and high <= 1 and torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)
-        ]
+        levels = _levels_of(x) if low >= 0 and high <= 1 else 0
         if not levels:
             raise ValueError(f"--likelihood {likelihood} needs counts 0, 1, ..., 255 (or grey levels in [0, 1]); try gaussian")
-        return likelihood, {"levels": levels[0]}
+        return likelihood, {"levels": levels}
     return likelihood, {"counts": True} if likelihood in LEVELS else {}
+
+
+def _levels_of(x: Tensor) -> int:
+    """Of how many levels numbers in [0, 1] are; 0 if of none."""
+    return next((n for n in _LEVELS if torch.allclose(x * (n - 1), (x * (n - 1)).round(), atol=1e-3)), 0)
 
 
 def _prepare(x: Any, prepared: dict[str, Any]) -> Any:
@@ -731,6 +898,16 @@ def discard_checkpoint(out: Path) -> None:
             folder.rmdir()
 
 
+def objective_of(out: Path) -> str | None:
+    """The ``--objective`` of the interrupted fit in a folder, where it was left a record; None for the model's own."""
+    return read_record(out)["model"].get("objective") if (out / RECORD).is_file() else None
+
+
+def shown(folder: Path) -> list[str]:
+    """The folder of pictures that a fit drew as it went on, if there are any, as a list of names."""
+    return [f"{PROGRESS}/"] if any((folder / PROGRESS).glob("step-*.png")) else []
+
+
 def save_run(out: Path, subject: Subject, fitted: Run, *, finished: bool = True) -> dict[str, Any]:
     """Write model and record into ``out``, and pictures of a finished fit, whose checkpoints go.
 
@@ -746,7 +923,7 @@ def save_run(out: Path, subject: Subject, fitted: Run, *, finished: bool = True)
     drawn, reasons = _draw(out, subject, fitted) if finished else ([], {})
     if finished:
         discard_checkpoint(out)
-    return {**record, "files": [MODEL, RECORD, *drawn], "not_drawn": reasons}
+    return {**record, "files": [MODEL, RECORD, *drawn, *shown(out)], "not_drawn": reasons}
 
 
 def _draw(out: Path, subject: Subject, fitted: Run) -> tuple[list[str], dict[str, str]]:
@@ -858,6 +1035,7 @@ def fit_each(
             model = Subject.of_parts(parts, name, settings[name], training["seed"], alike=alike).model
             options = {k: v for k, v in training.items() if k in ("seed", "progress")} if model.solvable else training
             run = model.fit(parts.batch(0), validation=parts.batch(1), **options)
+            normalizer = normalised(model, parts.batch(1), seed=training["seed"], progress=training["progress"])
         except (ValueError, FloatingPointError) as error:
             failed[name] = str(error)
             if say:
@@ -870,12 +1048,21 @@ def fit_each(
                 say(f"columns: {held}")
                 shown = held
             how = f"{run.steps} steps in {run.seconds:.1f} s" if run.steps else run.stopped
-            say(f"{name}: {run.figure}, {how}")
+            say(f"{name}: {run.figure}, {how}{f'; {normalizer}' if normalizer else ''}")
     return fitted, about, failed
 
 
-def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -> tuple[Comparison, dict[str, Any]]:
-    """Compare fitted runs of families on data, which each sees prepared as it was for its fit."""
+def compare_runs(
+    folders: Sequence[str], source: str, options: dict[str, Any], say: Callable[[str], None] | None = None
+) -> tuple[Comparison, dict[str, Any]]:
+    """Compare fitted runs of families on data, which each sees prepared as it was for its fit.
+
+    Args:
+        folders: Of runs.
+        source: Data.
+        options: Of ``log_prob``.
+        say: Told a line about each normaliser that has to be estimated.
+    """
     if len(set(folders)) != len(folders):
         raise ValueError(f"a run is named twice: {' '.join(folders)}")
     scores, about = {}, {}
@@ -888,7 +1075,9 @@ def compare_runs(folders: Sequence[str], source: str, options: dict[str, Any]) -
                 f"{folders[0]} and {folder} see {source} differently; fit both to the same columns with the same --likelihood"
             )
         seen.append(data)
-        scores[folder] = model.log_prob(data, **options)
+        scores[folder], normalizer = scored(model, data, **options)
+        if say and normalizer:
+            say(f"{folder}: {normalizer}")
         about[folder] = {"settings": record["model"].get("settings"), **record["run"]}
     return pgen.compare(scores), about
 
@@ -1046,13 +1235,43 @@ def _fitted_to(record: dict[str, Any]) -> tuple[Loaded | None, str]:
     return loaded, f"{source} ({record['data']['train']})"
 
 
-def likelihood(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
+def likelihood(model: Any, x: Any, **options: Any) -> dict[str, Any]:
     """The log-density of data in plain numbers, or why there is none; ``text`` says it in words."""
     try:
-        score = model.log_prob(x, **options)
-    except pgen.NotAvailable as reason:
+        score, normalizer = scored(model, x, **options)
+    except (pgen.NotAvailable, FloatingPointError) as reason:
         return {"kind": None, "mean": None, "std_error": None, "bits_per_dim": None, "text": f"not available: {reason}"}
-    return {name: getattr(score, name) for name in ("kind", "mean", "std_error", "bits_per_dim")} | {"text": str(score)}
+    found = {"kind": score.kind, "mean": score.mean, "std_error": score.std_error, "bits_per_dim": bits_per_dim(score)}
+    return {**found, "text": f"{score}; {normalizer}" if normalizer else str(score)}
+
+
+def scored(model: Any, x: Any, *, seed: int = 0, progress: bool = True, **options: Any) -> tuple[Score, str]:
+    """The log-density of data, for which the normaliser of a family that has none yet is estimated where there is one for all.
+
+    Returns:
+        The score, and in words what the normaliser was found to be; empty where none was asked for.
+    """
+    normalizer = normalised(model, x, seed=seed, progress=progress)
+    return model.log_prob(x, seed=seed, progress=progress, **options), normalizer
+
+
+def normalised(model: Any, x: Any, *, seed: int, progress: bool) -> str:
+    """Estimate the normaliser of a family that does not know its own, which takes seconds; say in words what it is, or why not.
+
+    Empty for all other families.
+    """
+    if not isinstance(model, UnnormalisedModel):
+        return ""
+    if model.log_prob(pgen.data.rows(x, slice(1)), progress=False).kind != "unnormalised":
+        return ""
+    if model.context_dim:
+        return "not comparable: each context has a normaliser of its own, which log_normalizer(context) estimates in Python"
+    return str(model.log_normalizer(seed=seed, progress=progress))
+
+
+def bits_per_dim(score: Score) -> float | None:
+    """Bits a dimension; None of a density without its normaliser."""
+    return None if score.kind == "unnormalised" else score.bits_per_dim
 
 
 def _loaded(source: str, record: dict[str, Any], part: str | None) -> Loaded:
@@ -1108,7 +1327,7 @@ def given(texts: Sequence[str], record: dict[str, Any]) -> tuple[Tensor, bool]:
     if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
         return _read_contexts(texts[0], record, context), True
     values: dict[str, str] = {}
-    for assignment in (part for text in texts for part in re.split(r",(?=[^,=]*=)", text)):
+    for assignment in (part for text in texts for part in re.split(_NEXT_ASSIGNMENT, text)):
         name, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or name in values:
             wrong = f"gives {name!r} twice" if equals else f"takes NAME=VALUE,... or one file, got {assignment!r}"
@@ -1264,7 +1483,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 _FACTS = ("word", "stopped", "tier", "tier_reason", "steps", "skipped", "num_data", "seed")
 _TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
 _SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {"family": _TEXT, "file": _TEXT, "guide": _TEXT, "settings": (dict, type(None)), "names": (list, type(None))},
+    "model": {
+        "family": _TEXT,
+        "file": _TEXT,
+        "guide": _TEXT,
+        "settings": (dict, type(None)),
+        "names": (list, type(None)),
+        "objective": _TEXT,
+    },
     "data": {
         "source": str,
         "train": int,

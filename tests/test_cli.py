@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import pgen
 from pgen import cli, runs
 from pgen.contracts import Run
+from pgen.evaluation.normalizer import LogNormalizer
 
 MEAN = """
 import pyro
@@ -270,7 +272,9 @@ def test_diagnose_exits_1_on_a_problem_and_writes_the_report(folder, capsys, mon
 def test_models_lists_the_registry(capsys):
     got = answer(capsys, "models")
     assert {row["model"] for row in got["models"]} == set(pgen.models.REGISTRY)
-    assert "latent_dim" in next(row for row in got["models"] if row["model"] == "vae")["settings"]
+    settings = {row["model"]: row["settings"] for row in got["models"]}
+    assert "latent_dim" in settings["vae"] and "tempering" in settings["energy"] and "log_snr" in settings["diffusion"]
+    assert not {"generator", "critic", "seed"} & set(settings["gan"]) and "num_labels" not in settings["energy"]
 
 
 def test_a_table_is_standardised_and_sampled_in_its_own_units(capsys, tmp_path):
@@ -310,6 +314,143 @@ def test_a_fit_is_not_overwritten_unless_asked(folder, capsys, tmp_path):
     assert cli.run(["fit", "digits", "--model", "vae", "--out", str(folder)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (folder / runs.MODEL).read_bytes() == before
+
+
+# --- without a normaliser, or without a likelihood --------------------------------------------------------------------------
+
+SHORT = {
+    "energy": ["--set", "hidden=[4]", "--set", "tempering=[4,2,2]"],
+    "gan": ["--set", "hidden=[5]", "--set", "latent_dim=2"],
+    "diffusion": ["--set", "width=6", "--set", "blocks=1", "--set", "log_snr=[-5.5,8]"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def fit_short(tables, tmp_path, monkeypatch):
+    """Fit a small network of a family to a table for a few steps, in a folder of its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def fit(name, *more, source=tables / "train.csv"):
+        options = [*SHORT[name], "--steps", "8", "--batch-size", "20", "--compile", "eager", "-q", *map(str, more)]
+        return cli.run(["fit", str(source), "--model", name, "--out", name, *options])
+
+    return fit
+
+
+def test_the_normaliser_of_an_energy_is_estimated_where_it_is_scored_or_compared(fit_short, tables, capsys, monkeypatch):
+    found, asked = LogNormalizer(1.25, 0.5, 1.0, 2.0, 7, 3), []
+
+    def quick(self, **options):
+        asked.append(options["seed"])
+        self.log_z.copy_(torch.tensor([found.value, found.error]))
+        return found
+
+    monkeypatch.setattr(pgen.models.EnergyBased, "log_normalizer", quick)
+    assert fit_short("energy") == 0 and not asked
+    got = answer(capsys, "score", "energy", tables / "new.csv", "--seed", 5)
+    x = torch.from_numpy(np.loadtxt(tables / "new.csv", delimiter=",", skiprows=1)).float()
+    raw = pgen.load("energy/model.pgen").log_prob(x)
+    assert (got["kind"], got["normalizer"], raw.kind) == ("estimate", str(found), "unnormalised")
+    assert got["mean"] == pytest.approx(raw.mean - 1.25) and got["bits_per_dim"] is not None
+    said = runs.likelihood(pgen.load("energy/model.pgen"), x, progress=False)
+    assert said["kind"] == "estimate" and said["text"].endswith(f"; {found}")
+
+    options = ["--models", "energy,gaussian", "--epochs", "1", "--set", "energy.hidden=[4]", "--seed", "3"]
+    assert cli.run(["compare", str(tables / "new.csv"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert f"; {found}" in err and "unnormalised" not in out and "estimate" in out
+    assert cli.run(["compare", "energy", str(tables / "run"), str(tables / "new.csv"), "--out", "two"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"energy: {found}\n" and "unnormalised" not in out and asked == [5, 0, 3, 0]
+
+    given = pgen.models.EnergyBased((3,), hidden=(4,), context_dim=1)
+    said = runs.likelihood(given, {"x": x, "context": x[:, :1]}, progress=False)
+    assert (said["kind"], said["bits_per_dim"], len(asked)) == ("unnormalised", None, 4)
+    assert "each context has a normaliser of its own" in said["text"]
+    monkeypatch.setattr(pgen.models.EnergyBased, "log_normalizer", lambda self, **options: log_z_is_not_a_number())
+    said = runs.likelihood(pgen.models.EnergyBased((3,), hidden=(4,)), x)
+    assert (said["kind"], said["text"]) == (None, "not available: log Z is not a number")
+
+
+def log_z_is_not_a_number():
+    raise FloatingPointError("log Z is not a number")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "code", "more", "other"),
+    [
+        ("energy", signal.SIGTERM, 143, (), "persistent:steps=3"),
+        ("gan", signal.SIGINT, 130, ("--objective", "adversarial:loss=hinge,r1=[0.1,0]"), "adversarial"),
+        ("diffusion", signal.SIGINT, 130, ("--objective", "simple"), "elbo"),
+    ],
+)
+def test_an_interrupted_fit_goes_on_to_the_same_bits(fit_short, monkeypatch, capsys, name, number, code, more, other):
+    drawn = []
+    monkeypatch.setattr(pgen.plots, "save", lambda figure, path: drawn.append(Path(path).stem))
+    assert fit_short(name, *more) == 0 and "samples" in drawn
+    whole, record = runs.open_run(Path(name), None)
+    assert record["run"]["steps"] == 8 and record["model"]["family"] == name
+    assert record["model"]["settings"].get("log_snr", [-5.5, 8]) == [-5.5, 8]
+    shutil.rmtree(name)
+
+    class Stopped(pgen.plots.Pictures):
+        def on_state(self, step):
+            super().on_state(step)
+            if step == 3:
+                signal.raise_signal(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pgen.plots, "Pictures", Stopped)
+        assert fit_short(name, *more, "--pictures", 3) == code
+    assert runs.read_record(Path(name))["run"]["stopped"].startswith("interrupted")
+    half = runs.open_run(Path(name), None)[0]
+    assert half.last_run.steps == 3 and set(drawn[drawn.index("step-000003") :]) == {"step-000003"}
+    assert any((half.state_dict()[k] != v).any() for k, v in whole.state_dict().items())
+    assert fit_short(name) == 2 and "add --resume" in capsys.readouterr().err
+    drawn.clear()
+    assert fit_short(name, "--resume", "--objective", other) == 2 and "holds a run with objective = " in capsys.readouterr().err
+    assert fit_short(name, "--pictures", 3, "--resume") == 0  # the objective is that of the record
+    again, record = runs.open_run(Path(name), None)
+    assert record["run"]["steps"] == 8 and record["model"]["objective"] == (more[1] if more else None)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert [stem for stem in drawn if stem.startswith("step")] == ["step-000006", "step-000008"]  # not from the start
+    assert not runs.has_checkpoint(Path(name))
+
+
+def test_objectives_are_named_and_given_their_arguments():
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    adversarial = pgen.objectives.Adversarial("hinge", critic_moves=2, r1=pgen.objectives.Linear(0.1, 0))
+    assert runs.objective("adversarial:loss=hinge,critic_moves=2,r1=[0.1,0]", x, 0) == adversarial
+    assert runs.objective("persistent:num_temps=4,step_size=0.5", x, 0) == pgen.objectives.PersistentContrastiveDivergence(
+        num_temps=4, step_size=0.5
+    )
+    noise = runs.objective("noise_contrastive:ratio=3,noise=gmm", x, 0)
+    assert (noise.ratio, noise.noise.family, noise.noise.event_shape) == (3, "gaussian_mixture", (3,))
+    assert runs.objective("noise_contrastive", x, 0).noise.preprocess is None and runs.objective(None, x, 0) is None
+    for name, made in runs.OBJECTIVES.items():
+        assert type(runs.objective(name, x, 0)) is made
+    known = {made for made in vars(pgen.objectives).values() if isinstance(made, type) and hasattr(made, "rows")}
+    assert set(runs.OBJECTIVES.values()) == known - {pgen.objectives.Objective}
+    for text, said in [
+        ("noise_contrastive:noise=mixture_of", "mixture_of needs a value of 'components'; take gaussian"),
+        ("noise_contrastive:noise=no", "noise` is 'no', which is unknown"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            runs.objective(text, x, 0)
+
+
+def test_info_names_the_pictures_of_progress_and_evaluate_says_which_rows_are_too_few(tables, capsys, tmp_path):
+    lines = (tables / "train.csv").read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join(lines[:61]))
+    few, run = str(tmp_path / "few.csv"), str(tmp_path / "run")
+    assert cli.run(["fit", few, "--model", "gaussian", "-q", "--out", run]) == 0
+    assert "progress/" not in answer(capsys, "info", run)["files"]
+    (tmp_path / "run" / runs.PROGRESS).mkdir()
+    (tmp_path / "run" / runs.PROGRESS / "step-000003.png").touch()
+    assert answer(capsys, "info", run)["files"][-1] == "progress/"
+    assert cli.run(["evaluate", run, few, "-q"]) == 2
+    assert f"`real` is the rows of {few} that the fit held out (6)" in capsys.readouterr().err
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------------
@@ -400,7 +541,54 @@ def test_pixels_are_seen_alike_by_densities_and_masses(tmp_path, monkeypatch, ca
     answer(capsys, "score", "run", "digits")
 
 
+GREY = torch.tensor([[[0.5, 0.25], [0.1, 0.9]]])
+"""A grey image on no grid of levels."""
+
+
+@pytest.mark.parametrize(
+    ("families", "seen", "prepared"),
+    [
+        ({"energy": {}}, "real", {}),
+        ({"rbm": {}}, "bits", {"binarised_at": 0.5}),
+        ({"rbm": {"visible": "gaussian"}}, "real", {}),
+        ({"gaussian": {}}, "levels", {"levels": 17}),
+        ({"gaussian": {}, "energy": {}}, "levels", {"levels": 17}),
+        ({"vae": {}, "energy": {}}, "bits", {"binarised_at": 0.5}),
+        ({"gan": {}}, "", None),
+    ],
+)
+def test_grey_images_are_bits_for_those_alone_that_have_bits(families, seen, prepared):
+    assert runs.grey_of(families) == seen
+    if prepared is not None:
+        assert runs._observation(torch.tensor([[[0.0, 3 / 16], [1.0, 0.5]]]), None, seen)[1] == prepared
+        assert runs._observation(GREY, None, seen)[1] == (prepared if seen == "bits" else {})
+        assert runs._observation(GREY.round(), None, seen) == ("bernoulli", {})
+    assert "gaussian keeps" in runs.note_of({"prepared": {"binarised_at": 0.5}}, list(families))
+
+
+def test_an_energy_of_grey_images_is_of_their_values_and_what_is_taken_as_bits_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x = torch.rand(40, 4, 3, generator=torch.Generator().manual_seed(0))
+    np.save("grey.npy", x.numpy())
+    options = ["--steps", "2", "--compile", "eager"]
+    assert cli.run(["fit", "grey.npy", "--model", "energy", "--set", "hidden=[4]", *options, "--out", "energy"]) == 0
+    model, record = runs.open_run(Path("energy"), None)
+    assert record["data"]["prepared"] == {} and model.preprocess is None and "note: grey" not in capsys.readouterr().err
+    assert torch.equal(runs.batch("grey.npy", record), x)
+    assert cli.run(["fit", "grey.npy", "--model", "vae", "--latent-dim", "2", *options, "--out", "vae"]) == 0
+    said = "note: grey images are taken as bits, 1 from 0.5 on; --likelihood categorical or gaussian keeps their values\n"
+    assert said in capsys.readouterr().err
+    assert cli.run(["compare", "digits", "--models", "gaussian", "--set", "gaussian.covariance=diagonal"]) == 0
+    assert "note: grey images are taken as levels 0 to 16\n" in capsys.readouterr().err
+
+
 # --- a program of one's own ------------------------------------------------------------------------------------------------
+
+
+def test_a_program_takes_another_bound(program, capsys):
+    options = ["--data", "y.csv", "--steps", "2", "--compile", "eager", "--objective", "iwae:num_samples=3"]
+    found = answer(capsys, "fit", "mean.py:model", *options)
+    assert found["model"]["objective"] == "iwae:num_samples=3" and found["run"]["word"] == "bound"
 
 
 @pytest.mark.parametrize("guide", [["mean.py:guide"], ["--guide", "full_rank"], []])
@@ -460,8 +648,8 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "digits:tset", "--model", "vae"], "did you mean 'test'?"),
         (["fit", "digits", "--model", "vae", "--data", "y.csv"], "--data does not go with a family"),
         (["fit", "digits", "more", "--model", "vae"], "more does not go with a family"),
-        (["fit", "digits", "--model", "vae", "--compile", "fast"], "`compile` is 'fast'"),
-        (["fit", "digits", "--model", "vae", "--epochs", "0"], "`epochs` should be a positive number, got 0"),
+        (["fit", "digits", "--model", "vae", "--compile", "fast", "-q"], "`compile` is 'fast'"),
+        (["fit", "digits", "--model", "vae", "--epochs", "0", "-q"], "`epochs` should be a positive number, got 0"),
         (["fit", "digits", "--model", "vae", "--epochs", "x"], "Invalid value for '--epochs'"),
         (["fit", "digits", "--model", "autoencoder", "--likelihood", "gaussian"], "--likelihood: autoencoder has no setting"),
         (["fit", "mean.py:model"], "--data is missing"),
@@ -478,7 +666,51 @@ def test_an_error_in_the_program_names_its_line_and_its_prints_stay_off_the_json
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=two"], "'latent_dim' of vae should be int, got 'two'"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=true"], "'latent_dim' of vae should be int, got True"),
         (["fit", "digits", "--model", "vae", "--set", "latent_dim=2", "--latent-dim", "3"], "say different things: 2 and 3"),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "tempering=[3,2]"],
+            "should be tuple[int, int, int], such as --set tempering=[3,3,3], got [3, 2]",
+        ),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "tempering=[3,2,0.5]"],
+            "such as --set tempering=[3,3,3], got [3, 2, 0.5]",
+        ),
+        (["fit", "digits", "--model", "diffusion", "--set", "log_snr=5"], "should be tuple[float, float] | None, got 5"),
+        (
+            ["fit", "digits", "--model", "energy", "--set", "num_labels=10"],
+            "'num_labels' of energy needs the class of each datum",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--set", "critic=own"],
+            "'critic' of gan is nn.Module | None, which the command line",
+        ),
         (["fit", "digits", "--model", "gaussian", "--set", "covariance=round"], "`covariance` is 'round', which is unknown"),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adverse"],
+            "`--objective` is 'adverse', which is unknown; did you mean 'adversarial'? (known: elbo, ",
+        ),
+        (["fit", "digits", "--model", "energy", "--objective", "PCD"], "which is called 'persistent' here"),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:los=hinge"],
+            "has no argument 'los'; did you mean 'loss'?",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:hinge"],
+            "adversarial: takes KEY=VALUE,..., got 'hinge'",
+        ),
+        (
+            ["fit", "digits", "--model", "gan", "--objective", "adversarial:r1=[1,2,3]"],
+            "should be float | Schedule, got [1, 2, 3]",
+        ),
+        (
+            ["fit", "digits", "--model", "energy", "--objective", "contrastive:exact=true"],
+            "has no argument 'exact' (known: steps",
+        ),
+        (["fit", "digits", "--model", "flow_matching", "--objective", "simple:x=2"], "simple takes no arguments, got 'x'"),
+        (
+            ["fit", "mean.py:model", "--data", "y.csv", "--objective", "simple"],
+            "--objective simple does not go with a program of your own; take elbo, iwae, dreg, vimco or renyi",
+        ),
+        (["fit", "digits", "--model", "gan", "--pictures", "0"], "--pictures should be a positive number of steps, got 0"),
         (["fit", "mean.py:model", "--data", "y.csv", "--set", "rank=2"], "--set does not go with a program of your own"),
         (["compare", "digits", "--models", "gaussian,nothing"], "`--models` is 'nothing', which is unknown"),
         (["compare", "digits", "--models", "vae,vae"], "each once"),

@@ -1,6 +1,7 @@
 """Scores side by side: pairing, what bounds prove, units."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -89,8 +90,22 @@ def test_bounds_prove_what_they_can(high, low, winner):
     found = pgen.compare({"low": noisy(0.0, low, seed=1), "high": noisy(2.0, high, seed=2)})
     assert found.difference("high", "low").winner == winner
     assert found.difference("low", "high").winner == winner
-    assert found.best == (["high"] if winner else ["high", "low"])
+    assert found.best == (["high"] if winner else ["low"] if high == "unnormalised" else ["high", "low"])
     assert ("undecided" in str(found)) == (winner is None)
+
+
+def test_what_is_not_normalised_comes_last_and_has_no_bits():
+    raw = score([5000.0, 5001.0, 5003.0], "unnormalised", event_size=2)
+    assert str(raw) == "5001.33 ± 0.88 nats a datum (unnormalised), 3 data" and "bits" not in str(score([1.0], "unnormalised"))
+    found = pgen.compare(
+        {"raw": raw, "g": score([-3.0, -4.0, -3.0], event_size=2), "h": score([-5.0, -6.0, -7.0], event_size=2)}
+    )
+    assert found.names == ["g", "h", "raw"] and "raw" not in found.best
+    assert [row["bits_per_dim"] is None for row in found.to_dict()["models"]] == [False, False, True]
+    line = str(found).splitlines()[3]
+    assert line.split()[:2] == ["3", "raw"] and re.search(r"unnormalised +- +- +undecided: not normalised$", line)
+    assert "raw is not normalised: its mean says nothing beside others'" in found.to_markdown()
+    assert pgen.compare({"a": raw, "b": raw}).best == ["a", "b"]
 
 
 def test_noise_is_not_a_victory_and_more_pairs_ask_for_more():

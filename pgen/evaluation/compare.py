@@ -5,7 +5,8 @@ r"""Held-out log-likelihoods of any models side by side, paired datum by datum, 
 
 The same data are easy or hard for all models, so the error of a difference is that of the paired :math:`\Delta_n`, and mostly
 much smaller than the error of either mean. A lower bound above another's exact value wins; a lower bound below it is
-*undecided*, as the density itself may lie above; an estimate proves nothing.
+*undecided*, as the density itself may lie above; an estimate proves nothing. A density without its normaliser is off by a
+constant that may be of any size: it comes last, whatever its mean.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Comparison:
     """What ``compare`` found, ranked by the mean. Print it, or write it with ``to_markdown`` or ``to_dict``.
 
     Attributes:
-        scores: By name, the highest mean first.
+        scores: By name, the highest mean first, those that are not normalised last.
         level: Confidence of all verdicts together.
         notes: What else a reader should know.
     """
@@ -112,7 +113,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """Names, the highest mean first."""
+        """Names, the highest mean first, those that are not normalised last."""
         return list(self.scores)
 
     def difference(self, first: str, second: str) -> Difference:
@@ -134,10 +135,11 @@ class Comparison:
 
     @property
     def best(self) -> list[str]:
-        """The models that no other is shown to be better than."""
+        """The models that no other is shown to be better than; none that is not normalised, unless all are."""
         found = [self.difference(a, b) for a, b in self._pairs()]
         beaten = {pair.second if pair.winner == pair.first else pair.first for pair in found if pair.winner}
-        return [name for name in self.names if name not in beaten]
+        ranked = [name for name in self.names if self.scores[name].kind != "unnormalised"] or self.names
+        return [name for name in ranked if name not in beaten]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, one entry a model, and the verdict of every pair; nats a datum."""
@@ -160,7 +162,7 @@ class Comparison:
             "measure": score.measure,
             "mean": score.mean,
             "std_error": score.std_error,
-            "bits_per_dim": score.bits_per_dim,
+            "bits_per_dim": None if score.kind == "unnormalised" else score.bits_per_dim,
             "difference": 0.0 if against is None else against.mean,
             "difference_std_error": 0.0 if against is None else against.std_error,
             "verdict": "" if against is None else against.verdict,
@@ -187,8 +189,8 @@ class Comparison:
                 row["model"],
                 plus_minus(row["mean"], row["std_error"], 3),
                 KIND_WORDS[row["kind"]],
-                f"{row['bits_per_dim']:.3f}",
-                "" if row["rank"] == 1 or math.isnan(row["difference"]) else self._difference(row),
+                "-" if row["bits_per_dim"] is None else f"{row['bits_per_dim']:.3f}",
+                self._difference(row),
                 row["verdict"],
             )
             for row in self.to_dict()["models"]
@@ -196,6 +198,10 @@ class Comparison:
 
     @staticmethod
     def _difference(row: dict[str, Any]) -> str:
+        if row["rank"] == 1 or math.isnan(row["difference"]):
+            return ""
+        if row["kind"] == "unnormalised":
+            return "-"
         return plus_minus(row["difference"], row["difference_std_error"], 3, "+")
 
     def _foot(self) -> str:
@@ -273,8 +279,14 @@ def compare(
             bar.at(done, name)
             scores[name] = _score(name, model, data, progress, options)
     _check(scores)
-    order = sorted(scores, key=lambda name: -scores[name].mean if not math.isnan(scores[name].mean) else math.inf)
-    return Comparison({name: scores[name] for name in order}, level, _notes(scores))
+    return Comparison(
+        {name: scores[name] for name in sorted(scores, key=lambda name: _place(scores[name]))}, level, _notes(scores)
+    )
+
+
+def _place(score: Score) -> tuple[bool, float]:
+    """What scores are sorted by: the highest mean first, NaN after it, what is not normalised after all others."""
+    return score.kind == "unnormalised", math.inf if math.isnan(score.mean) else -score.mean
 
 
 def _score(name: str, model: Any, data: Any, progress: bool, options: dict[str, Any]) -> Score:
@@ -309,6 +321,10 @@ def _notes(scores: dict[str, Score]) -> tuple[str, ...]:
             notes.append(f"{name} gives no density at all to {impossible} of {len(score)} data.")
         if bool(torch.isnan(score.value).any() | torch.isposinf(score.value).any()):
             notes.append(f"{name} has NaN or infinite log-densities; nothing is decided about it.")
+        if score.kind == "unnormalised":
+            notes.append(
+                f"{name} is not normalised: its mean says nothing beside others'; log_normalizer() estimates what it lacks."
+            )
     known = {score.measure for score in scores.values()} - {""}
     unknown = [name for name, score in scores.items() if not score.measure]
     if known and unknown:
