@@ -16,7 +16,7 @@ from pgen.data import Standardize
 from pgen.models import GAN
 from pgen.nn.adversaries import ARCHITECTURES, Critic, SpectralNorm, spectral_norm
 from pgen.objectives import Adversarial, Linear
-from pgen.objectives.adversarial import LOSSES, gradient_penalty
+from pgen.objectives.adversarial import LOSSES, _moments, _spread_given, gradient_penalty
 from pgen.training import SGD, Adam
 from pgen.training.callbacks import Callback
 
@@ -371,12 +371,14 @@ def test_an_averaged_generator_has_statistics_of_its_own():
 # --- what it warns of ------------------------------------------------------------------------------------------------------
 
 
-def history(steps=400, spread=1.0, accuracy=0.6, norm=1.0, last=1.0):
+def history(steps=400, spread=1.0, accuracy=0.6, norm=1.0, last=1.0, given=math.nan, shift=(0.1, 0.1), loss=0.0):
     norms = np.full(steps, norm)
     norms[steps // 2 :] = last
     return {
         "loss": np.zeros(steps), "critic_spread": np.full(steps, spread), "generator_grad_norm": norms,
         "critic_accuracy_real": np.full(steps, accuracy), "critic_accuracy_fake": np.full(steps, accuracy),
+        "critic_spread_given": np.full(steps, given), "critic_shift": np.linspace(*shift, steps),
+        "critic_loss": np.broadcast_to(loss, steps), "critic_penalty": np.zeros(steps),
     }  # fmt: skip
 
 
@@ -386,10 +388,47 @@ def test_concerns_have_a_line_each_with_numbers_and_a_remedy():
     assert objective.concerns(history(steps=150, spread=0.0)) == {}  # too early to say
     assert set(objective.concerns(history(spread=0.03))) == {"collapse"}
     assert "3.0% of the data's: the generator has collapsed; try pack=4" in objective.concerns(history(spread=0.03))["collapse"]
+    assert set(objective.concerns(history(spread=0.03, given=0.01))) == {"collapse"}  # which says it all
+    (line,) = objective.concerns(history(given=0.03)).values()
+    assert line.startswith("given a context the draws' standard deviation is 3.0% of the data's")
     line = objective.concerns(history(accuracy=1.0, last=1e-4))["critic wins"]
     assert "right 100.0% of the time" in line and "from 1 to 0.0001" in line and "loss='non_saturating'" in line
-    assert objective.concerns(history(accuracy=1.0, last=0.5)) == {}  # the generator still learns
+    assert "come no nearer" in Adversarial().concerns(history(accuracy=1.0, last=0.5))["critic wins"]
+    assert objective.concerns(history(accuracy=1.0, shift=(9.0, 8.0))) == {}  # the draws are on their way
     assert objective.concerns(history(accuracy=0.7, last=1e-4)) == {}
+
+
+def test_a_wasserstein_critic_may_be_right_while_the_distance_falls():
+    objective = Adversarial("wasserstein")
+    rises, falls = (np.interp(np.arange(400), [0, 100, 399], [0.0, -8.0, end]) for end in (-8.0, -6.0))
+    assert "the draws come no nearer" in objective.concerns(history(accuracy=1.0, loss=rises))["critic wins"]
+    assert objective.concerns(history(accuracy=1.0, loss=falls)) == {}
+    assert set(Adversarial("hinge").concerns(history(accuracy=1.0, loss=falls))) == {"critic wins"}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_critic_that_wins_is_warned_of(loss):
+    """Data far away, and a generator that hardly moves."""
+    x = X[:, :2].float() * 0.1 + 5
+    rates = {"critic": Adam(1e-2), "generator": Adam(1e-6)}
+    options = {"steps": 300, "batch_size": 20, "compile": "eager", "progress": False}
+    with pytest.warns(UserWarning, match=r"the critic wins: it is right (99|100)\.\d% of the time and"):
+        run = GAN((2,), 2, (16,), seed=0).fit(x, objective=Adversarial(loss), optimizer=rates, **options)
+    assert len(run.warnings) == 1 and ("vanishes" in run.warnings[0]) == (loss == "minimax")
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "minimax"])  # whose generator stands still
+def test_a_generator_on_its_way_to_far_data_is_not_warned_of(loss):
+    """All critics are right, about draws that come nearer."""
+    x = X[:, :2].float() + 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = GAN((2,), 2, (16,), generator=Shift(2)).fit(
+            x, objective=Adversarial(loss), optimizer={"critic": Adam(1e-2), "generator": Adam(1e-2)}, steps=300, batch_size=20,
+            compile="eager", progress=False,
+        )  # fmt: skip
+    right = (run.history["critic_accuracy_real"] + run.history["critic_accuracy_fake"]) / 2
+    assert np.median(right) == 1.0 and run.history["critic_shift"][-1] < 0.9 * run.history["critic_shift"][0]
 
 
 def test_a_collapse_is_warned_of_while_training_and_told_by_the_run():
@@ -406,6 +445,46 @@ def test_a_collapse_is_warned_of_while_training_and_told_by_the_run():
         run = model.fit(X.float(), objective=Adversarial(), steps=300, batch_size=8, compile="eager", progress=False)
     assert len(caught) == 1 and len(run.warnings) == 1
     assert "warning: the draws' standard deviation" in str(run)
+
+
+def test_spread_and_shift_are_those_of_a_loop_over_pairs():
+    g = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(11, 3, 2, generator=g, dtype=D) + at for at in (3.0, 5.0))
+    c = torch.eye(4, dtype=D)[torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1, 0, 3])]
+    pairs = [(i, j) for i in range(11) for j in range(i) if torch.equal(c[i], c[j])]
+    squares = [sum((t[i] - t[j]).square().sum() for i, j in pairs) for t in (y, x)]
+    torch.testing.assert_close(_spread_given(y, x, c), (squares[0] / squares[1]).sqrt())
+    torch.testing.assert_close(_spread_given(2 * x, x, c), torch.tensor(2.0, dtype=D))
+    assert bool(_spread_given(y, x, torch.arange(11.0, dtype=D)[:, None]).isnan())  # no two of one context
+    assert bool(_spread_given(y, (c @ torch.randn(4, 6, dtype=D))[:, :, None], c).isnan())  # the context says all
+    unit = torch.as_tensor(np.var(x.numpy(), 0, ddof=1).sum())
+    torch.testing.assert_close(_moments(y, x)["shift"], torch.linalg.vector_norm(y.mean(0) - x.mean(0)) / unit.sqrt())
+    torch.testing.assert_close(_moments(y, x)["spread"], (y.var(0).sum() / unit).sqrt())
+
+
+def test_a_collapse_within_each_class_is_warned_of():
+    """One point a class: the spread over all classes is that of the data."""
+
+    class Points(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at = nn.Parameter(torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]))
+
+        def forward(self, z, context):
+            return context @ self.at
+
+    context = torch.eye(2).repeat(20, 1)
+    x = context @ torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]) + X.float()
+    options = {"steps": 300, "batch_size": 8, "compile": "eager", "progress": False}
+    with pytest.warns(UserWarning, match="given a context the draws' standard deviation is 0.0% of the data's") as caught:
+        run = GAN((3,), 2, (6,), context_dim=2, generator=Points()).fit(x, context=context, objective=Adversarial(), **options)
+    assert len(caught) == len(run.warnings) == 1 and run.history["critic_spread"].mean() > 0.8
+    for given in (context, X[:, :2].float()):  # classes that a batch holds once, and contexts of which no two are alike
+        run = GAN((3,), 2, (6,), context_dim=2).fit(x, context=given, steps=6, batch_size=2, compile="eager", progress=False)
+        spread = run.history["critic_spread_given"]
+        assert np.isnan(spread).any() and "collapse given a context" not in Adversarial().concerns(
+            {name: np.repeat(column, 50) for name, column in run.history.items()}
+        )
 
 
 def test_a_critic_that_is_not_finite_is_named():
