@@ -350,6 +350,24 @@ def test_a_model_is_judged_by_its_own_samples(three):
     assert modes["modes"].value == 8 and modes.rows["good share"].floor is not None
 
 
+def test_a_conditional_model_draws_at_the_contexts_of_the_data(three):
+    class Echo:
+        """Draws x about the context."""
+
+        def sample(self, n, context, *, seed=0):
+            generator = torch.Generator().manual_seed(seed)
+            return torch.as_tensor(context).expand(n, 4) + 0.1 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+
+    context = draw(60, 4, 0)
+    real = context + 0.1 * draw(60, 4, 1)
+    of_each, of_one = (samples.evaluate(Echo(), real, context=c, progress=False) for c in (context, context[:1]))
+    assert of_each["coverage"].value > 0.9 and of_one["coverage"].value < 0.2
+    with pytest.raises(ValueError, match="`context` is for a model that draws, got Tensor"):
+        samples.evaluate(real, real, context=context)
+    with pytest.raises(ValueError, match="context"):
+        samples.evaluate(pgen.models.GAN((4,), hidden=(3,), context_dim=2), real)
+
+
 def test_the_floor_has_as_many_data_as_there_are_samples(three):
     (train, real, generated), _ = three
     found = samples.evaluate(generated[:40].flatten(1), real[:40].flatten(1), train=train.flatten(1), progress=False)
