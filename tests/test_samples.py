@@ -228,6 +228,25 @@ def test_modes_by_hand():
     assert lost["modes"].value == 0 and math.isinf(lost["reverse KL"].value)
 
 
+def test_few_good_samples_have_an_error_all_the_same():
+    """Two in two of four modes among 60: of resamples with g of them good the divergence is log 4, or log 4 less an entropy."""
+    means = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    x = torch.cat([means[:2], torch.full((58, 2), 5.0)])
+    found = samples.mode_coverage(x, means, sd=0.5, resamples=4000)["reverse KL"]
+    expected, weight, square = 0.0, 0.0, 0.0
+    for g in range(1, 61):
+        for a in range(g + 1):  # in the first mode
+            p = math.comb(60, g) * (2 / 60) ** g * (58 / 60) ** (60 - g) * math.comb(g, a) * 0.5**g
+            entropy = -sum(n / g * math.log(n / g) for n in (a, g - a) if n)
+            weight, expected = weight + p, expected + p * (math.log(4) - entropy)
+            square += p * (math.log(4) - entropy) ** 2
+    assert found.std_error == pytest.approx(math.sqrt(square / weight - (expected / weight) ** 2), rel=0.03)
+    assert round(4000 * (58 / 60) ** 60) == pytest.approx(int(found.note.split("without the ")[1].split()[0]), abs=90)
+    assert "nan" not in str(found)
+    lost = samples.mode_coverage(torch.full((20, 2), 5.0), means, sd=0.5)["reverse KL"]
+    assert str(lost).startswith("reverse KL inf,") and math.isnan(lost.std_error)
+
+
 def test_modes_are_checked():
     with pytest.raises(ValueError, match="`generated` has 3 numbers a row, the modes 2"):
         samples.mode_coverage(draw(9, 3, 0), toy.gaussian_ring())
