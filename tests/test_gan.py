@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pgen
-from pgen.data import Standardize
+from pgen.data import Dequantize, Standardize
 from pgen.models import GAN
 from pgen.nn.adversaries import ARCHITECTURES, Critic, SpectralNorm, spectral_norm
 from pgen.objectives import Adversarial, Linear
@@ -565,6 +565,28 @@ def test_there_is_no_density_and_the_blurred_one_has_a_name_of_its_own():
     outside = bare.noisy_log_prob(y, scale=0.5, num_temps=50, num_chains=5, seed=1, progress=False)
     log_det = -scaled.preprocess.forward_with_log_det(X[:4, :2] * 3)[1]
     torch.testing.assert_close(inside.value, outside.value - log_det, atol=1e-6, rtol=0)
+
+
+def test_the_blurred_density_is_keyed_and_says_that_it_is_another_law():
+    x = torch.randint(0, 8, (9, 3), generator=torch.Generator().manual_seed(5))
+    model = GAN((3,), 2, (5,), preprocess=Dequantize(8))
+    options = {"num_temps": 3, "num_chains": 2, "compile": "eager", "progress": False}
+    state = torch.get_rng_state()
+    first, wide = (model.noisy_log_prob(x, scale=s, seed=4, **options) for s in (0.5, 0.7))
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert torch.equal(first.value, model.noisy_log_prob(x, scale=0.5, seed=4, **options).value)
+    assert not torch.equal(first.value, model.noisy_log_prob(x, scale=0.5, seed=5, **options).value)
+    assert first.measure == "mass" and GAN((3,), 2, (5,)).noisy_log_prob(X[:2], scale=0.5, **options).measure == "density"
+    assert "(lower bound of draws blurred by s = 0.5, not of the GAN, 2 samples)" in str(first)
+    other = GAN((3,), 2, (5,), preprocess=Dequantize(8), seed=1).noisy_log_prob(x, scale=0.5, **options)
+    assert set(pgen.compare({"a": first, "b": other}).names) == {"a", "b"}
+    flow = pgen.Score(first.value - 1, "exact", 3, measure="mass")
+    with pytest.raises(ValueError, match=r"'gan' is of draws blurred by s = 0\.5, not of the GAN, 'flow' of the model itself:"):
+        pgen.compare({"gan": first, "flow": flow})
+    with pytest.raises(ValueError, match=r"s = 0\.5.*s = 0\.7"):
+        first - wide
 
 
 def test_settings_are_suggested_by_the_data():
