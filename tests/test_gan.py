@@ -46,7 +46,8 @@ def linear_critic(weight, bias=0.0):
 
 def game(generator=None, critic=None, size=3, **options):
     """A GAN of modules of our own, in double precision."""
-    return GAN((size,), size, generator=generator or Shift(size), critic=critic, hidden=(7,), **options).double()
+    hidden = (7,) if critic is None else None
+    return GAN((size,), size, generator=generator or Shift(size), critic=critic, hidden=hidden, **options).double()
 
 
 def play(model, objective, player, x=X, seed=0, **scalars):
@@ -515,6 +516,18 @@ def test_a_critic_that_is_not_finite_is_named():
         (lambda: GAN((3,), context_dim=2), X, {"context": torch.ones(40, 2)}, "every datum has the same context"),
         (lambda: GAN((3,), 2, generator=nn.Linear(2, 4)), X, {}, r"make data of shape \(3,\), got \(4,\)"),
         (lambda: GAN((3,), 2, critic=nn.Linear(3, 2)), X, {}, r"one number a pack, 40 for 40 data, got \(40, 2\)"),
+        (
+            lambda: GAN((3,), 2, generator=nn.Linear(5, 3)),
+            X,
+            {},
+            r"the generator should take z of shape \(40, 2\): mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            lambda: GAN((3,), 2, critic=nn.Linear(4, 1), context_dim=3, pack=2),
+            X,
+            {"context": X},
+            r"the critic should take x of shape \(20, 6\) and a context of shape \(20, 6\): .* positional argument",
+        ),
         (lambda: GAN((3,)), torch.full((4, 3), math.nan), {}, "data row 0, column 0 is nan"),
     ],
 )
@@ -522,6 +535,51 @@ def test_bad_input_is_told_in_a_line_with_the_remedy(make, x, options, match):
     with pytest.raises(ValueError, match=match) as error:
         make().fit(x, steps=2, progress=False, **options)
     assert "\n" not in str(error.value)
+
+
+def test_networks_of_ones_own_are_modules_and_options_that_would_do_nothing_are_refused():
+    for bad, match in ((lambda z: z[:, :2], "got a function"), ("dense", "got 'dense'; `architecture` names one of pgen's")):
+        with pytest.raises(TypeError, match=f"`generator` should be a torch.nn.Module, {match}"):
+            GAN((2,), generator=bad)
+    with pytest.raises(TypeError, match=r"`critic` should be a torch.nn.Module, got a int"):
+        GAN((2,), critic=3)
+    own = {"generator": nn.Linear(16, 2)}
+    both = {**own, "critic": nn.Linear(2, 1)}
+    for name, value, given in (
+        ("output", "tanh", own), ("batch_norm", False, own), ("hidden", 3, both), ("architecture", "dcgan", both)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{name}` does not go with networks of your own"):
+            GAN((2,), **{name: value}, **given)
+    assert GAN((2,), hidden=3, **own).critic.last.in_features == 3  # the critic is pgen's
+    with pytest.raises(ValueError, match="nothing to fit"):
+        GAN((2,), 2, generator=nn.Identity(), critic=nn.Flatten())
+
+
+def test_a_critic_of_ones_own_is_given_spectral_norm():
+    critic = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+    model = GAN((3,), 2, critic=critic, spectral_norm=True)
+    for layer in (critic[0], critic[2]):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1.0, rel=1e-2)
+    assert model.critic is critic and GAN((3,), 2, critic=nn.Linear(3, 1)).critic.weight.norm() != 1
+
+
+def test_a_generator_without_parameters_draws():
+    model = GAN((3,), 3, hidden=(4,), generator=nn.Tanh())
+    assert bool((model.sample(5).abs() < 1).all())
+    with pytest.raises(ValueError, match="generator"):
+        model.fit(X.float().tanh(), steps=1, progress=False)
+
+
+def test_units_that_a_linear_generator_hardly_reaches_are_warned_of():
+    x, options = X[:, :2].float(), {"steps": 2, "batch_size": 8, "compile": "eager", "progress": False}
+    for bad, words in ((100 * x.abs().clamp(0.1, 2) + 3, r"x lies in \[13, 203\]"), (x * 1e-3, "x lies in")):
+        with pytest.warns(UserWarning, match=f"{words}.*preprocess=Standardize") as caught:
+            GAN((2,), 2, (4,)).fit(bad, validation=0.2, **options)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GAN((2,), 2, (4,), preprocess=Standardize()).fit(bad, **options)
+            GAN((2,), 2, (4,), generator=Shift(2)).fit(bad, **options)  # which may be made for it
 
 
 def test_bad_settings_are_refused():
@@ -570,7 +628,7 @@ def test_there_is_no_density_and_the_blurred_one_has_a_name_of_its_own():
 def test_the_blurred_density_is_keyed_and_says_that_it_is_another_law():
     x = torch.randint(0, 8, (9, 3), generator=torch.Generator().manual_seed(5))
     model = GAN((3,), 2, (5,), preprocess=Dequantize(8))
-    options = {"num_temps": 3, "num_chains": 2, "compile": "eager", "progress": False}
+    options = {"num_temps": 3, "num_chains": 2, "leapfrog": 1, "compile": "eager", "progress": False}
     state = torch.get_rng_state()
     first, wide = (model.noisy_log_prob(x, scale=s, seed=4, **options) for s in (0.5, 0.7))
     assert torch.equal(state, torch.get_rng_state())
