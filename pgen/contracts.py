@@ -117,6 +117,7 @@ class Score:
         mc_error: Monte Carlo standard error of each number, in nats; None where no sampling is involved.
         num_samples: Samples a datum behind the numbers, if any.
         measure: ``density``, ``mass`` or ``ratio``; empty where it is not known. Only like is compared with like.
+        note: Of which other law the numbers are, where it is not the model's own: compared with scores of that law alone.
 
     ``a - b`` is the log-ratio of two scores of the same data. It knows what the kinds leave it: of a lower bound less an exact
     value a lower bound, of two lower bounds an estimate.
@@ -137,6 +138,7 @@ class Score:
     mc_error: Tensor | None = None
     num_samples: int | None = None
     measure: Measure = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(KIND_WORDS))
@@ -158,7 +160,7 @@ class Score:
         return Score(value, difference_kind(self.kind, other.kind), self.event_size, error, None, "ratio")
 
     def check_comparable(self, other: Score, these: str = "one score", those: str = "the other") -> None:
-        """Raise ValueError unless both are of as many data, of one event size, and both densities or both masses."""
+        """Raise ValueError unless both are of as many data, of one event size, both densities or both masses, of one law."""
         if len(self) != len(other):
             raise ValueError(f"{these} has {len(self)} data, {those} {len(other)}; score the same data with both")
         if self.event_size != other.event_size:
@@ -170,6 +172,10 @@ class Score:
                 f"{these} is a log-{self.measure}, {those} a log-{other.measure}: the units differ; fit the density with "
                 "preprocess=pgen.data.Dequantize(levels), which bounds the mass, or compare like with like"
             )
+
+        if self.note != other.note:
+            first, second = (score.note or "of the model itself" for score in (self, other))
+            raise ValueError(f"{these} is {first}, {those} {second}: neither is the better by that; compare like with like")
 
     @property
     def mean(self) -> float:
@@ -196,7 +202,7 @@ class Score:
 
     def __str__(self) -> str:
         samples = f", {self.num_samples} sample{'s' * (self.num_samples > 1)}" if self.num_samples else ""
-        what = f"({KIND_WORDS[self.kind]}{samples})"
+        what = f"({KIND_WORDS[self.kind]}{self.note and ' ' + self.note}{samples})"
         if self.kind != "unnormalised":  # an unknown constant has no bits
             what += f", {self.bits_per_dim:.3f} bits/dim"
         if len(self) == 1:

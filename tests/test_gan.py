@@ -12,11 +12,11 @@ from torch import nn
 from torch.distributions import constraints
 
 import pgen
-from pgen.data import Standardize
+from pgen.data import Dequantize, Standardize
 from pgen.models import GAN
 from pgen.nn.adversaries import ARCHITECTURES, Critic, SpectralNorm, spectral_norm
 from pgen.objectives import Adversarial, Linear
-from pgen.objectives.adversarial import LOSSES, gradient_penalty
+from pgen.objectives.adversarial import LOSSES, _moments, _spread_given, gradient_penalty
 from pgen.training import SGD, Adam
 from pgen.training.callbacks import Callback
 
@@ -46,7 +46,8 @@ def linear_critic(weight, bias=0.0):
 
 def game(generator=None, critic=None, size=3, **options):
     """A GAN of modules of our own, in double precision."""
-    return GAN((size,), size, generator=generator or Shift(size), critic=critic, hidden=(7,), **options).double()
+    hidden = (7,) if critic is None else None
+    return GAN((size,), size, generator=generator or Shift(size), critic=critic, hidden=hidden, **options).double()
 
 
 def play(model, objective, player, x=X, seed=0, **scalars):
@@ -244,7 +245,7 @@ def test_data_and_draws_are_judged_in_one_pass_as_in_two(pack, context_dim, one)
         loss, metrics = Adversarial().players["critic"](model.made, model.guide, batch, {})
         found.append(torch.stack([loss, *metrics.values()]))
     assert len(calls) == (3 if one else 4)  # ten data are no whole number of packs of three
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, equal_nan=True)
 
 
 def test_spectral_normalisation_divides_by_the_largest_singular_value():
@@ -371,12 +372,14 @@ def test_an_averaged_generator_has_statistics_of_its_own():
 # --- what it warns of ------------------------------------------------------------------------------------------------------
 
 
-def history(steps=400, spread=1.0, accuracy=0.6, norm=1.0, last=1.0):
+def history(steps=400, spread=1.0, accuracy=0.6, norm=1.0, last=1.0, given=math.nan, shift=(0.1, 0.1), loss=0.0):
     norms = np.full(steps, norm)
     norms[steps // 2 :] = last
     return {
         "loss": np.zeros(steps), "critic_spread": np.full(steps, spread), "generator_grad_norm": norms,
         "critic_accuracy_real": np.full(steps, accuracy), "critic_accuracy_fake": np.full(steps, accuracy),
+        "critic_spread_given": np.full(steps, given), "critic_shift": np.linspace(*shift, steps),
+        "critic_loss": np.broadcast_to(loss, steps), "critic_penalty": np.zeros(steps),
     }  # fmt: skip
 
 
@@ -386,10 +389,47 @@ def test_concerns_have_a_line_each_with_numbers_and_a_remedy():
     assert objective.concerns(history(steps=150, spread=0.0)) == {}  # too early to say
     assert set(objective.concerns(history(spread=0.03))) == {"collapse"}
     assert "3.0% of the data's: the generator has collapsed; try pack=4" in objective.concerns(history(spread=0.03))["collapse"]
+    assert set(objective.concerns(history(spread=0.03, given=0.01))) == {"collapse"}  # which says it all
+    (line,) = objective.concerns(history(given=0.03)).values()
+    assert line.startswith("given a context the draws' standard deviation is 3.0% of the data's")
     line = objective.concerns(history(accuracy=1.0, last=1e-4))["critic wins"]
     assert "right 100.0% of the time" in line and "from 1 to 0.0001" in line and "loss='non_saturating'" in line
-    assert objective.concerns(history(accuracy=1.0, last=0.5)) == {}  # the generator still learns
+    assert "come no nearer" in Adversarial().concerns(history(accuracy=1.0, last=0.5))["critic wins"]
+    assert objective.concerns(history(accuracy=1.0, shift=(9.0, 8.0))) == {}  # the draws are on their way
     assert objective.concerns(history(accuracy=0.7, last=1e-4)) == {}
+
+
+def test_a_wasserstein_critic_may_be_right_while_the_distance_falls():
+    objective = Adversarial("wasserstein")
+    rises, falls = (np.interp(np.arange(400), [0, 100, 399], [0.0, -8.0, end]) for end in (-8.0, -6.0))
+    assert "the draws come no nearer" in objective.concerns(history(accuracy=1.0, loss=rises))["critic wins"]
+    assert objective.concerns(history(accuracy=1.0, loss=falls)) == {}
+    assert set(Adversarial("hinge").concerns(history(accuracy=1.0, loss=falls))) == {"critic wins"}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_critic_that_wins_is_warned_of(loss):
+    """Data far away, and a generator that hardly moves."""
+    x = X[:, :2].float() * 0.1 + 5
+    rates = {"critic": Adam(1e-2), "generator": Adam(1e-6)}
+    options = {"steps": 300, "batch_size": 20, "compile": "eager", "progress": False}
+    with pytest.warns(UserWarning, match=r"the critic wins: it is right (99|100)\.\d% of the time and"):
+        run = GAN((2,), 2, (16,), seed=0).fit(x, objective=Adversarial(loss), optimizer=rates, **options)
+    assert len(run.warnings) == 1 and ("vanishes" in run.warnings[0]) == (loss == "minimax")
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "minimax"])  # whose generator stands still
+def test_a_generator_on_its_way_to_far_data_is_not_warned_of(loss):
+    """All critics are right, about draws that come nearer."""
+    x = X[:, :2].float() + 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = GAN((2,), 2, (16,), generator=Shift(2)).fit(
+            x, objective=Adversarial(loss), optimizer={"critic": Adam(1e-2), "generator": Adam(1e-2)}, steps=300, batch_size=20,
+            compile="eager", progress=False,
+        )  # fmt: skip
+    right = (run.history["critic_accuracy_real"] + run.history["critic_accuracy_fake"]) / 2
+    assert np.median(right) == 1.0 and run.history["critic_shift"][-1] < 0.9 * run.history["critic_shift"][0]
 
 
 def test_a_collapse_is_warned_of_while_training_and_told_by_the_run():
@@ -406,6 +446,46 @@ def test_a_collapse_is_warned_of_while_training_and_told_by_the_run():
         run = model.fit(X.float(), objective=Adversarial(), steps=300, batch_size=8, compile="eager", progress=False)
     assert len(caught) == 1 and len(run.warnings) == 1
     assert "warning: the draws' standard deviation" in str(run)
+
+
+def test_spread_and_shift_are_those_of_a_loop_over_pairs():
+    g = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(11, 3, 2, generator=g, dtype=D) + at for at in (3.0, 5.0))
+    c = torch.eye(4, dtype=D)[torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1, 0, 3])]
+    pairs = [(i, j) for i in range(11) for j in range(i) if torch.equal(c[i], c[j])]
+    squares = [sum((t[i] - t[j]).square().sum() for i, j in pairs) for t in (y, x)]
+    torch.testing.assert_close(_spread_given(y, x, c), (squares[0] / squares[1]).sqrt())
+    torch.testing.assert_close(_spread_given(2 * x, x, c), torch.tensor(2.0, dtype=D))
+    assert bool(_spread_given(y, x, torch.arange(11.0, dtype=D)[:, None]).isnan())  # no two of one context
+    assert bool(_spread_given(y, (c @ torch.randn(4, 6, dtype=D))[:, :, None], c).isnan())  # the context says all
+    unit = torch.as_tensor(np.var(x.numpy(), 0, ddof=1).sum())
+    torch.testing.assert_close(_moments(y, x)["shift"], torch.linalg.vector_norm(y.mean(0) - x.mean(0)) / unit.sqrt())
+    torch.testing.assert_close(_moments(y, x)["spread"], (y.var(0).sum() / unit).sqrt())
+
+
+def test_a_collapse_within_each_class_is_warned_of():
+    """One point a class: the spread over all classes is that of the data."""
+
+    class Points(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at = nn.Parameter(torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]))
+
+        def forward(self, z, context):
+            return context @ self.at
+
+    context = torch.eye(2).repeat(20, 1)
+    x = context @ torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]) + X.float()
+    options = {"steps": 300, "batch_size": 8, "compile": "eager", "progress": False}
+    with pytest.warns(UserWarning, match="given a context the draws' standard deviation is 0.0% of the data's") as caught:
+        run = GAN((3,), 2, (6,), context_dim=2, generator=Points()).fit(x, context=context, objective=Adversarial(), **options)
+    assert len(caught) == len(run.warnings) == 1 and run.history["critic_spread"].mean() > 0.8
+    for given in (context, X[:, :2].float()):  # classes that a batch holds once, and contexts of which no two are alike
+        run = GAN((3,), 2, (6,), context_dim=2).fit(x, context=given, steps=6, batch_size=2, compile="eager", progress=False)
+        spread = run.history["critic_spread_given"]
+        assert np.isnan(spread).any() and "collapse given a context" not in Adversarial().concerns(
+            {name: np.repeat(column, 50) for name, column in run.history.items()}
+        )
 
 
 def test_a_critic_that_is_not_finite_is_named():
@@ -436,6 +516,18 @@ def test_a_critic_that_is_not_finite_is_named():
         (lambda: GAN((3,), context_dim=2), X, {"context": torch.ones(40, 2)}, "every datum has the same context"),
         (lambda: GAN((3,), 2, generator=nn.Linear(2, 4)), X, {}, r"make data of shape \(3,\), got \(4,\)"),
         (lambda: GAN((3,), 2, critic=nn.Linear(3, 2)), X, {}, r"one number a pack, 40 for 40 data, got \(40, 2\)"),
+        (
+            lambda: GAN((3,), 2, generator=nn.Linear(5, 3)),
+            X,
+            {},
+            r"the generator should take z of shape \(40, 2\): mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            lambda: GAN((3,), 2, critic=nn.Linear(4, 1), context_dim=3, pack=2),
+            X,
+            {"context": X},
+            r"the critic should take x of shape \(20, 6\) and a context of shape \(20, 6\): .* positional argument",
+        ),
         (lambda: GAN((3,)), torch.full((4, 3), math.nan), {}, "data row 0, column 0 is nan"),
     ],
 )
@@ -443,6 +535,51 @@ def test_bad_input_is_told_in_a_line_with_the_remedy(make, x, options, match):
     with pytest.raises(ValueError, match=match) as error:
         make().fit(x, steps=2, progress=False, **options)
     assert "\n" not in str(error.value)
+
+
+def test_networks_of_ones_own_are_modules_and_options_that_would_do_nothing_are_refused():
+    for bad, match in ((lambda z: z[:, :2], "got a function"), ("dense", "got 'dense'; `architecture` names one of pgen's")):
+        with pytest.raises(TypeError, match=f"`generator` should be a torch.nn.Module, {match}"):
+            GAN((2,), generator=bad)
+    with pytest.raises(TypeError, match=r"`critic` should be a torch.nn.Module, got a int"):
+        GAN((2,), critic=3)
+    own = {"generator": nn.Linear(16, 2)}
+    both = {**own, "critic": nn.Linear(2, 1)}
+    for name, value, given in (
+        ("output", "tanh", own), ("batch_norm", False, own), ("hidden", 3, both), ("architecture", "dcgan", both)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{name}` does not go with networks of your own"):
+            GAN((2,), **{name: value}, **given)
+    assert GAN((2,), hidden=3, **own).critic.last.in_features == 3  # the critic is pgen's
+    with pytest.raises(ValueError, match="nothing to fit"):
+        GAN((2,), 2, generator=nn.Identity(), critic=nn.Flatten())
+
+
+def test_a_critic_of_ones_own_is_given_spectral_norm():
+    critic = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+    model = GAN((3,), 2, critic=critic, spectral_norm=True)
+    for layer in (critic[0], critic[2]):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1.0, rel=1e-2)
+    assert model.critic is critic and GAN((3,), 2, critic=nn.Linear(3, 1)).critic.weight.norm() != 1
+
+
+def test_a_generator_without_parameters_draws():
+    model = GAN((3,), 3, hidden=(4,), generator=nn.Tanh())
+    assert bool((model.sample(5).abs() < 1).all())
+    with pytest.raises(ValueError, match="generator"):
+        model.fit(X.float().tanh(), steps=1, progress=False)
+
+
+def test_units_that_a_linear_generator_hardly_reaches_are_warned_of():
+    x, options = X[:, :2].float(), {"steps": 2, "batch_size": 8, "compile": "eager", "progress": False}
+    for bad, words in ((100 * x.abs().clamp(0.1, 2) + 3, r"x lies in \[13, 203\]"), (x * 1e-3, "x lies in")):
+        with pytest.warns(UserWarning, match=f"{words}.*preprocess=Standardize") as caught:
+            GAN((2,), 2, (4,)).fit(bad, validation=0.2, **options)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GAN((2,), 2, (4,), preprocess=Standardize()).fit(bad, **options)
+            GAN((2,), 2, (4,), generator=Shift(2)).fit(bad, **options)  # which may be made for it
 
 
 def test_bad_settings_are_refused():
@@ -486,6 +623,28 @@ def test_there_is_no_density_and_the_blurred_one_has_a_name_of_its_own():
     outside = bare.noisy_log_prob(y, scale=0.5, num_temps=50, num_chains=5, seed=1, progress=False)
     log_det = -scaled.preprocess.forward_with_log_det(X[:4, :2] * 3)[1]
     torch.testing.assert_close(inside.value, outside.value - log_det, atol=1e-6, rtol=0)
+
+
+def test_the_blurred_density_is_keyed_and_says_that_it_is_another_law():
+    x = torch.randint(0, 8, (9, 3), generator=torch.Generator().manual_seed(5))
+    model = GAN((3,), 2, (5,), preprocess=Dequantize(8))
+    options = {"num_temps": 3, "num_chains": 2, "leapfrog": 1, "compile": "eager", "progress": False}
+    state = torch.get_rng_state()
+    first, wide = (model.noisy_log_prob(x, scale=s, seed=4, **options) for s in (0.5, 0.7))
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert torch.equal(first.value, model.noisy_log_prob(x, scale=0.5, seed=4, **options).value)
+    assert not torch.equal(first.value, model.noisy_log_prob(x, scale=0.5, seed=5, **options).value)
+    assert first.measure == "mass" and GAN((3,), 2, (5,)).noisy_log_prob(X[:2], scale=0.5, **options).measure == "density"
+    assert "(lower bound of draws blurred by s = 0.5, not of the GAN, 2 samples)" in str(first)
+    other = GAN((3,), 2, (5,), preprocess=Dequantize(8), seed=1).noisy_log_prob(x, scale=0.5, **options)
+    assert set(pgen.compare({"a": first, "b": other}).names) == {"a", "b"}
+    flow = pgen.Score(first.value - 1, "exact", 3, measure="mass")
+    with pytest.raises(ValueError, match=r"'gan' is of draws blurred by s = 0\.5, not of the GAN, 'flow' of the model itself:"):
+        pgen.compare({"gan": first, "flow": flow})
+    with pytest.raises(ValueError, match=r"s = 0\.5.*s = 0\.7"):
+        first - wide
 
 
 def test_settings_are_suggested_by_the_data():

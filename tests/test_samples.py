@@ -228,6 +228,25 @@ def test_modes_by_hand():
     assert lost["modes"].value == 0 and math.isinf(lost["reverse KL"].value)
 
 
+def test_few_good_samples_have_an_error_all_the_same():
+    """Two in two of four modes among 60: of resamples with g of them good the divergence is log 4, or log 4 less an entropy."""
+    means = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    x = torch.cat([means[:2], torch.full((58, 2), 5.0)])
+    found = samples.mode_coverage(x, means, sd=0.5, resamples=4000)["reverse KL"]
+    expected, weight, square = 0.0, 0.0, 0.0
+    for g in range(1, 61):
+        for a in range(g + 1):  # in the first mode
+            p = math.comb(60, g) * (2 / 60) ** g * (58 / 60) ** (60 - g) * math.comb(g, a) * 0.5**g
+            entropy = -sum(n / g * math.log(n / g) for n in (a, g - a) if n)
+            weight, expected = weight + p, expected + p * (math.log(4) - entropy)
+            square += p * (math.log(4) - entropy) ** 2
+    assert found.std_error == pytest.approx(math.sqrt(square / weight - (expected / weight) ** 2), rel=0.03)
+    assert round(4000 * (58 / 60) ** 60) == pytest.approx(int(found.note.split("without the ")[1].split()[0]), abs=90)
+    assert "nan" not in str(found)
+    lost = samples.mode_coverage(torch.full((20, 2), 5.0), means, sd=0.5)["reverse KL"]
+    assert str(lost).startswith("reverse KL inf,") and math.isnan(lost.std_error)
+
+
 def test_modes_are_checked():
     with pytest.raises(ValueError, match="`generated` has 3 numbers a row, the modes 2"):
         samples.mode_coverage(draw(9, 3, 0), toy.gaussian_ring())
@@ -348,6 +367,24 @@ def test_a_model_is_judged_by_its_own_samples(three):
         toy.gaussian_ring(), toy.gaussian_ring().sample(200, seed=5), modes=toy.gaussian_ring(), progress=False
     )
     assert modes["modes"].value == 8 and modes.rows["good share"].floor is not None
+
+
+def test_a_conditional_model_draws_at_the_contexts_of_the_data(three):
+    class Echo:
+        """Draws x about the context."""
+
+        def sample(self, n, context, *, seed=0):
+            generator = torch.Generator().manual_seed(seed)
+            return torch.as_tensor(context).expand(n, 4) + 0.1 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+
+    context = draw(60, 4, 0)
+    real = context + 0.1 * draw(60, 4, 1)
+    of_each, of_one = (samples.evaluate(Echo(), real, context=c, progress=False) for c in (context, context[:1]))
+    assert of_each["coverage"].value > 0.9 and of_one["coverage"].value < 0.2
+    with pytest.raises(ValueError, match="`context` is for a model that draws, got Tensor"):
+        samples.evaluate(real, real, context=context)
+    with pytest.raises(ValueError, match="context"):
+        samples.evaluate(pgen.models.GAN((4,), hidden=(3,), context_dim=2), real)
 
 
 def test_the_floor_has_as_many_data_as_there_are_samples(three):

@@ -80,12 +80,14 @@ class Finding:
 
 
 def with_error(value: float, error: float) -> str:
-    """A value to the second digit of its error.
+    """A value to the second digit of its error, which what is infinite has not.
 
     Example:
-        >>> with_error(22.4321, 2.654), with_error(0.00189, 0.000498), with_error(10.0, 0.0)
-        ('22.4 ± 2.7', '0.00189 ± 0.00050', '10 ± 0')
+        >>> with_error(22.4321, 2.654), with_error(0.00189, 0.000498), with_error(10.0, 0.0), with_error(math.inf, math.nan)
+        ('22.4 ± 2.7', '0.00189 ± 0.00050', '10 ± 0', 'inf')
     """
+    if math.isinf(value):
+        return number(value)
     if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
         return f"{number(value)} ± {number(error)}"
     digits = min(max(1 - math.floor(math.log10(error)), 0), 9)
@@ -432,7 +434,10 @@ def _mode_findings(
         divergence = divergence.where(inside.sum(-1) > 0, math.inf)
         return torch.stack([(inside > 0).double().sum(-1), inside.sum(-1) / n, divergence], -1)
 
-    value, error = statistics(counts).tolist(), statistics(again).std(0).tolist()
+    value, spread = statistics(counts).tolist(), statistics(again)
+    finite = torch.isfinite(spread[:, 2])  # no good sample, no divergence
+    error = [*spread[:, :2].std(0).tolist(), float(spread[finite, 2].std()) if int(finite.sum()) > 1 else math.nan]
+    without = resamples - int(finite.sum())
     found = {
         "modes": Finding("modes", value[0], error[0], (n, 0), note=f"of {number_of_modes}, {note}"),
         "good share": Finding(good, value[1], error[1], (n, 0), note=note),
@@ -442,7 +447,8 @@ def _mode_findings(
             error[2],
             (n, 0),
             bias=(number_of_modes - 1) / max(2 * value[1] * n, 1),
-            note="nats, of modes",
+            note="nats, of modes"
+            + (f"; error without the {without} of {resamples} resamples that reach none" if without else ""),
         ),
     }
     return found if good else {name: f for name, f in found.items() if name != "good share"}

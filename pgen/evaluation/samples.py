@@ -198,6 +198,7 @@ def evaluate(
     real: Any,
     *,
     train: Any = None,
+    context: Any = None,
     features: str | Callable[[Any], Any] = "pca",
     labels: Any = None,
     modes: Any = None,
@@ -226,6 +227,7 @@ def evaluate(
         generated: Samples ``(n, *event)``, or a fitted model, which then draws as many as there are real data.
         real: Data that the model was not fitted to, ``(m, *event)``.
         train: What it was fitted to.
+        context: Of the draws of a conditional model: one for all, or that of each real datum, so that both are of one law.
         features: ``"pixels"``, ``"pca"``, ``"classifier"`` (needs ``labels``), or a function from samples to ``(n, F)``.
         labels: Classes of ``train``, or of ``real`` where ``train`` is not given.
         modes: A target of ``pgen.data.toy`` whose modes are known.
@@ -248,7 +250,7 @@ def evaluate(
     """
     check_positive("most", most)
     seed = as_seed(seed)
-    given = {"real": real} | ({} if train is None else {"train": train}) | {"generated": _drawn(generated, real, seed)}
+    given = {"real": real} | ({} if train is None else {"train": train}) | {"generated": _drawn(generated, real, context, seed)}
     rows = dict(zip(given, zip(given.values(), same_sample(max(10, 2 * k + 4), **given))))
     for name in set(given) - {"generated"}:
         if not bool((rows[name][1] != rows[name][1][0]).any()):
@@ -297,10 +299,13 @@ def _in_one_scale(rows: dict[str, tuple[Any, Tensor]]) -> tuple[dict[str, tuple[
     return {name: (x / unit, x / unit) for name, (_, x) in rows.items()}, stretch
 
 
-def _drawn(generated: Any, real: Any, seed: int) -> Any:
+def _drawn(generated: Any, real: Any, context: Any, seed: int) -> Any:
     """Samples: given, or drawn from a model."""
+    given = {} if context is None else {"context": context}
     if callable(getattr(generated, "sample", None)) and not hasattr(generated, "to_numpy"):
-        return generated.sample(len(real), seed=seed)
+        return generated.sample(len(real), **given, seed=seed)
+    if given:
+        raise ValueError(f"`context` is for a model that draws, got {type(generated).__name__}: these samples have had theirs")
     return generated
 
 

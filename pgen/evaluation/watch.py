@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..contracts import check_positive
+from ..contracts import Run, check_positive
 from ..training.callbacks import Callback
 from .features import train_classifier
 from .sample_measures import Finding, label_coverage, mode_coverage
@@ -19,12 +19,15 @@ __all__ = ["Watch"]
 class Watch(Callback):
     """Measures samples of a model while it trains, from the same latents each time; nothing of the training depends on it.
 
+    It measures once before the first step, and forgets what it found, so that an error ends a fit at once and not under way.
+
     Args:
         model: Any family with ``sample``, the one that is being trained. Where an average of the parameters is kept, it is
             measured.
         measure: From samples ``(num, *event)`` to findings by name.
         every: Steps between measurements; the last step is measured too.
         num: Samples.
+        context: Of the samples: one for all, or one for each.
         seed: Keys the samples.
 
     Attributes:
@@ -46,11 +49,13 @@ class Watch(Callback):
         *,
         every: int = 1000,
         num: int = 1000,
+        context: Any = None,
         seed: int = 0,
     ) -> None:
         check_positive("every", every)
         check_positive("num", num)
-        self.model, self.measure, self.every, self.num, self.seed = model, measure, int(every), int(num), seed
+        self.model, self.measure, self.every, self.num = model, measure, int(every), int(num)
+        self.context, self.seed = context, seed
         self.history: dict[str, list[float]] = {}
 
     @classmethod
@@ -65,8 +70,17 @@ class Watch(Callback):
         share = torch.bincount(known.predict(x), minlength=len(known.classes)).double()
         return cls(model, lambda drawn: label_coverage(known.predict(drawn), share / share.sum()), **options)
 
+    def on_start(self, run: Run) -> None:
+        """A row that nobody keeps."""
+        with torch.no_grad():
+            self._row(0)
+
     def on_state(self, step: int) -> None:
         """One row of the history."""
-        found = self.measure(self.model.sample(self.num, seed=self.seed, progress=False))
-        for name, value in {"step": step, **{name: finding.value for name, finding in found.items()}}.items():
+        for name, value in self._row(step).items():
             self.history.setdefault(name, []).append(value)
+
+    def _row(self, step: int) -> dict[str, float]:
+        given = {} if self.context is None else {"context": self.context}
+        found = self.measure(self.model.sample(self.num, **given, seed=self.seed, progress=False))
+        return {"step": step, **{name: finding.value for name, finding in found.items()}}

@@ -12,8 +12,9 @@ arXiv:1606.00709; Lin et al. (2018), PacGAN, arXiv:1712.04086.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -24,19 +25,22 @@ import torch
 from torch import Tensor, nn
 
 from ..base import GenerativeModel, _evaluating
-from ..contracts import Batch, NotAvailable, Score, Seed, as_sizes, check_choice, check_positive
+from ..contracts import Batch, Measure, NotAvailable, Score, Seed, as_sizes, check_choice, check_positive
+from ..data.batches import key
 from ..data.transforms import Standardize, Transform
 from ..evaluation.annealing import AIS, anneal
 from ..nn.adversaries import ARCHITECTURES, OUTPUTS, Critic, Generator, spectral_norm
 from ..objectives.adversarial import Adversarial
 from ..objectives.schedules import Linear
-from ..programs import isolated
+from ..programs import isolated, keyed_rng
 from ..training.fit import Training
 from ..training.optim import Adam
 
 __all__ = ["GAN"]
 
 
+SCALES = 0.1, 10.0
+"""Root mean squares of data between which a linear generator, whose first draws are of order one, is at home."""
 BATCH = 128
 """Data a step, unless told otherwise, down to a multiple of the pack."""
 
@@ -58,7 +62,7 @@ class GAN(GenerativeModel):
         architecture: ``"dense"``, ``"dcgan"`` or ``"residual"`` (images ``(H, W)`` or ``(C, H, W)``).
         output: What the generator ends in: ``"linear"``, ``"tanh"`` (data in [-1, 1]) or ``"sigmoid"`` (data in [0, 1]).
         batch_norm: Whether the generator normalises over the batch; None for the architecture's own.
-        spectral_norm: Whether the critic's weights have norm one (Miyato et al. 2018).
+        spectral_norm: Whether the critic's weights have norm one (Miyato et al. 2018), in place where the critic is your own.
         pack: Data that the critic judges together: a pack of draws that are all alike gives itself away (PacGAN).
             ``batch_size`` is a multiple of it.
         context_dim: Size of the vector that both are conditioned on, which the critic projects (Miyato and Koyama 2018).
@@ -107,18 +111,20 @@ class GAN(GenerativeModel):
         self.hidden = kind.hidden if hidden is None else as_sizes("hidden", hidden, least=1)
         self.batch_norm = kind.batch_norm if batch_norm is None else batch_norm
         self.spectral_norm, self.own = spectral_norm, generator is not None or critic is not None
+        _check_own({"generator": generator, "critic": critic}, architecture, output, hidden, batch_norm)
         with self.initial_weights(seed):
-            self.generator = generator or self._generator()
-            self.critic = critic or self._critic()
+            self.generator = self._generator() if generator is None else generator
+            self.critic = self._critic(critic)
 
     def _generator(self) -> nn.Module:
         make = ARCHITECTURES[self.architecture].generator
         body = make(self.latent_dim + self.context_dim, self.event_shape, self.hidden, self.batch_norm)
         return Generator(body, self.event_shape, self.output)
 
-    def _critic(self) -> nn.Module:
-        features = ARCHITECTURES[self.architecture].critic(self.event_shape, self.pack, self.hidden)
-        critic = Critic(*features, self.context_dim * self.pack)
+    def _critic(self, critic: nn.Module | None) -> nn.Module:
+        if critic is None:
+            features = ARCHITECTURES[self.architecture].critic(self.event_shape, self.pack, self.hidden)
+            critic = Critic(*features, self.context_dim * self.pack)
         return spectral_norm(critic) if self.spectral_norm else critic
 
     def settings(self) -> dict[str, Any]:
@@ -142,7 +148,7 @@ class GAN(GenerativeModel):
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """x = G(z, c), as many as there are rows in ``x`` or ``context``; it looks at no value of x."""
-        zero = next(self.generator.parameters()).new_zeros(self.latent_dim)
+        zero = self._reference().new_zeros(self.latent_dim)
         with self.plate(x, context):
             z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
             made = self.generator(z, *self._given(context))
@@ -150,7 +156,7 @@ class GAN(GenerativeModel):
 
     def made(self, x: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """What ``model`` returns, of the same random numbers, in plain torch."""
-        like = next(self.generator.parameters())
+        like = self._reference()
         size = len(x) if x is not None else len(cast(Tensor, context))
         z = torch.randn(size, self.latent_dim, dtype=like.dtype, device=like.device)
         return self.generator(z, *self._given(context))
@@ -170,6 +176,10 @@ class GAN(GenerativeModel):
     def whole_packs(self, count: int) -> bool:
         """Whether as many data are packs that the critic judges each by itself, so that others may stand in the same batch."""
         return not self.own and not self.spectral_norm and count % self.pack == 0
+
+    def _reference(self) -> Tensor:
+        """A tensor of the generator's type and device; of the critic's where the generator has no parameters."""
+        return next(self.generator.parameters(), next(self.parameters()))
 
     def _given(self, context: Tensor | None) -> list[Tensor]:
         return [] if context is None else [context]
@@ -213,10 +223,15 @@ class GAN(GenerativeModel):
             what = "batch normalisation over" if self._normalises() else "the spread of draws in"
             more = "give more than one datum" if num_data == 1 else "give `batch_size` 2 or more"
             raise ValueError(f"{what} a batch of one leaves nothing: {more}")
-        made = self.model(**batch)
+        self._check_scale(batch["x"] if whole is None else cast(dict[str, Any], whole)["x"])
+        given = self._given(batch.get("context"))
+        with _told("generator", f"z of shape ({rows}, {self.latent_dim})", given):
+            made = self.model(**batch)
         if tuple(made.shape) != shape:
             raise ValueError(f"the generator should make data of shape {shape[1:]}, got {tuple(made.shape[1:])}")
-        numbers = self.critic(*(self._packed(t) for t in (made, *self._given(batch.get("context")))))
+        packs = [self._packed(t) for t in (made, *given)]
+        with _told("critic", f"x of shape {tuple(packs[0].shape)}", packs[1:]):
+            numbers = self.critic(*packs)
         if numbers.numel() != rows // self.pack:
             raise ValueError(
                 f"the critic should give one number a pack, {rows // self.pack} for {rows} data, got {tuple(numbers.shape)}"
@@ -229,6 +244,18 @@ class GAN(GenerativeModel):
         """Data must lie where the generator can reach them."""
         self._check_range(batch)
         return None if numbers is None else lambda rows, _: self._check_range(rows)
+
+    def _check_scale(self, x: Tensor) -> None:
+        """Warn of units that a linear generator reaches late or never."""
+        linear = isinstance(self.generator, Generator) and isinstance(self.generator.output, nn.Identity)
+        size = float(x.double().square().mean().sqrt())
+        if not linear or self.preprocess is not None or SCALES[0] <= size <= SCALES[1]:
+            return
+        warnings.warn(
+            f"x lies in [{float(x.min()):.3g}, {float(x.max()):.3g}], and a generator's draws begin at order one: take "
+            "preprocess=Standardize(), or scale the data",
+            stacklevel=2,
+        )
 
     def _check_range(self, batch: Batch) -> None:
         made = self.generator
@@ -287,7 +314,8 @@ class GAN(GenerativeModel):
             **options: Fields of ``pgen.evaluation.AIS``: ``num_temps``, ``num_chains``, ``leapfrog``...
 
         Returns:
-            A Score of kind ``lower_bound``, of the blurred model, in nats and in the units of the data.
+            A Score of kind ``lower_bound``, of the blurred model, in nats and in the units of the data. It says so when it is
+            printed, and ``pgen.compare`` refuses it beside scores of other laws.
 
         References:
             Wu, Burda, Salakhutdinov and Grosse (2017), arXiv:1611.04273, section 3; Theis, van den Oord and Bethge (2016), A
@@ -298,19 +326,24 @@ class GAN(GenerativeModel):
         batch = self._batch("x", x, context)
 
         def blurred(x: Tensor | None = None, context: Tensor | None = None) -> None:
-            zero = next(self.generator.parameters()).new_zeros(self.latent_dim)
+            zero = self._reference().new_zeros(self.latent_dim)
             with self.plate(x, context):
                 z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
                 made = self.generator(z, *self._given(context))
                 pyro.sample("x", dist.Normal(made, scale).to_event(len(self.event_shape)), obs=x)
 
+        asked = self._asked(seed, compile, progress)
         with isolated(self.home), _evaluating(self), torch.no_grad():
-            prepared, change = self._prepared(batch)
-            found = anneal(blurred, lambda **_: None, prepared, settings, **self._asked(seed, compile, progress))
-        log_det = 0.0 if change is None else change.double()
-        return Score(
-            found.value + log_det, "lower_bound", math.prod(self.event_shape), found.error, settings.num_chains, "density"
-        )
+            with keyed_rng(key(asked["seed"], "noisy_log_prob"), batch["x"].device):  # preprocessing may draw
+                prepared, change = self._prepared(batch)
+            found = anneal(blurred, lambda **_: None, prepared, settings, **asked)
+        value, measure = found.value + (0.0 if change is None else change.double()), self._measure(batch)
+        note = f"of draws blurred by s = {scale:g}, not of the GAN"
+        return Score(value, "lower_bound", self._event_size(batch), found.error, settings.num_chains, measure, note)
+
+    def _measure(self, batch: Batch) -> Measure:
+        """Of blurred draws: a density, but of the whole numbers that preprocessing blurs as well, a mass."""
+        return "mass" if self.preprocess is not None and self.preprocess.kind == "lower_bound" else "density"
 
     def save(self, path: str | Path) -> None:
         """Write settings, parameters and preprocessing to one file; of networks of your own there are no settings to write."""
@@ -361,3 +394,32 @@ class GAN(GenerativeModel):
     def reconstruct(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available: there is no encoder."""
         self._refuse("encoder", "pgen.models.VAE has one")
+
+
+def _check_own(
+    networks: dict[str, Any], architecture: str, output: str, hidden: int | Sequence[int] | None, batch_norm: bool | None
+) -> None:
+    """Networks of one's own are modules, with parameters, and leave nothing for the options of what they stand in for."""
+    for name, own in networks.items():
+        if own is not None and not isinstance(own, nn.Module):
+            hint = "; `architecture` names one of pgen's" if isinstance(own, str) else ""
+            what = repr(own) if isinstance(own, str) else f"a {type(own).__name__}"
+            raise TypeError(f"`{name}` should be a torch.nn.Module, got {what}{hint}")
+    generator, critic = networks.values()
+    moot = {"output": output != "linear", "batch_norm": batch_norm is not None} if generator is not None else {}
+    if generator is not None and critic is not None:
+        moot |= {"architecture": architecture != "dense", "hidden": hidden is not None}
+        if not any(True for own in (generator, critic) for _ in own.parameters()):
+            raise ValueError("neither `generator` nor `critic` has parameters, so there is nothing to fit")
+    for name in (name for name, given in moot.items() if given):
+        raise ValueError(f"`{name}` does not go with networks of your own, which settle it themselves: leave it out")
+
+
+@contextmanager
+def _told(name: str, given: str, contexts: list[Tensor]) -> Iterator[None]:
+    """Where a network does not take what it is given, say which, and what that was, in a line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError) as error:
+        beside = f" and a context of shape {tuple(contexts[0].shape)}" if contexts else ""
+        raise ValueError(f"the {name} should take {given}{beside}: {' '.join(str(error).split())[:200]}") from error

@@ -45,7 +45,7 @@ class SpectralNorm(nn.Module):
 
     def __init__(self, weight: Tensor, warm_up: int = 30) -> None:
         super().__init__()
-        self.register_buffer("u", torch.nn.functional.normalize(torch.randn(len(weight)), dim=0))
+        self.register_buffer("u", torch.nn.functional.normalize(torch.randn(len(weight), dtype=weight.dtype), dim=0))
         for _ in range(warm_up):
             self.u.copy_(self._iterated(weight.detach().flatten(1))[0])
 

@@ -7,6 +7,7 @@ f-GAN, arXiv:1606.00709, eq. 4): a critic is to its generator what a guide is to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,10 @@ WATCHED = 100
 """Steps at the end of training that a concern is judged by, at least; a tenth of all if that is more."""
 COLLAPSED = 0.1
 """Spread of the draws, as a share of the data's, below which they have collapsed."""
-WON, VANISHED = 0.98, 0.01
-"""Accuracy of a critic that has won, and what is then left of the generator's gradient."""
+WON, VANISHED = 0.99, 0.01
+"""Accuracy of a critic that has won, and what is left of a generator's gradient that vanishes."""
+HEADWAY = 0.02
+"""Share by which the distance from draws to data falls, where a generator gets on although the critic is always right."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Adversarial:
     minimax generator's gradient vanishes (Goodfellow et al. 2014, section 3); the non-saturating one has the same fixed point.
 
     Training tells, beside both losses and gradient norms, the critic's accuracy on data and on draws (a half each where it
-    knows nothing), and ``critic_spread``: the draws' standard deviation as a share of the data's.
+    knows nothing), ``critic_spread``, the draws' standard deviation as a share of the data's, and ``critic_shift``, how far
+    their mean lies from the data's in the same unit. With a context ``critic_spread_given`` is the spread among data of one
+    context; NaN where no two data of a batch have one and the same, or where such data are all alike.
 
     Args:
         loss: One of the names above.
@@ -148,27 +153,63 @@ class Adversarial:
         return 0.5 + 0.5 * torch.sign(real - at), 0.5 - 0.5 * torch.sign(fake - at)
 
     def concerns(self, history: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """What is wrong with a training so far, by name, a line each: ``collapse``, and ``critic wins``."""
+        """What is wrong with a training so far, by name, a line each: ``collapse`` (also given a context), ``critic wins``."""
         steps = len(history.get("loss", ()))
         last = max(WATCHED, steps // 10)
         if steps < 2 * last:
             return {}
-        spread, norm = history["critic_spread"], history["generator_grad_norm"]
-        right = (history["critic_accuracy_real"] + history["critic_accuracy_fake"])[-last:] / 2
-        now, best = float(np.nanmedian(norm[-last:])), float(np.nanmedian(norm[:last]))
         found = {}
-        if (share := float(np.nanmean(spread[-last:]))) < COLLAPSED:
-            found["collapse"] = (
-                f"the draws' standard deviation is {share:.1%} of the data's: the generator has collapsed; "
-                "try pack=4 in the model, Adversarial(r1=...), or the Wasserstein loss"
-            )
-        if (accuracy := float(np.nanmean(right))) > WON and now < VANISHED * best:
-            cure = "loss='non_saturating', " if self.loss == "minimax" else ""
-            found["critic wins"] = (
-                f"the critic wins: it is right {accuracy:.1%} of the time and the generator's gradient fell from {best:.2g} to "
-                f"{now:.2g}; try {cure}r1=..., spectral_norm=True in the model, or a lower learning rate of the critic"
-            )
+        for name, column, given, what in (
+            ("collapse", "critic_spread", "", "the generator has collapsed"),
+            ("collapse given a context", "critic_spread_given", "given a context ", "the generator makes one thing of each"),
+        ):
+            share = _recent(history, column, last)
+            if share < COLLAPSED and "collapse" not in found:
+                found[name] = (
+                    f"{given}the draws' standard deviation is {share:.1%} of the data's: {what}; "
+                    "try pack=4 in the model, Adversarial(r1=...), or the Wasserstein loss"
+                )
+        if line := self._won(history, last):
+            found["critic wins"] = line
         return found
+
+    def _won(self, history: Mapping[str, np.ndarray], last: int) -> str:
+        """What to say where the critic has long been right about everything and the generator gets no nearer; else nothing."""
+        right = (history["critic_accuracy_real"] + history["critic_accuracy_fake"])[-2 * last :] / 2
+        if not (np.nanmedian(right[:last]) > WON and np.nanmedian(right[last:]) > WON):
+            return ""
+        if _recent(history, "critic_shift", last) < (1 - HEADWAY) * _recent(history, "critic_shift", last, ago=last):
+            return ""  # the draws are far from the data and on their way
+        if self.loss == "wasserstein" and self._nearer(history, last):
+            return ""  # its critic is to be as good as can be
+        norm = history["generator_grad_norm"]
+        now, first = float(np.nanmedian(norm[-last:])), float(np.nanmedian(norm[:last]))
+        vanished = self.loss == "minimax" or now < VANISHED * first
+        how = (
+            f"the generator's gradient, which vanishes, fell from {first:.2g} to {now:.2g}"
+            if vanished
+            else f"the draws come no nearer, though the generator's gradient is {now:.2g}"
+        )
+        cure = "loss='non_saturating', " if self.loss == "minimax" else ""
+        return (
+            f"the critic wins: it is right {np.nanmean(right[last:]):.1%} of the time and {how}; "
+            f"try {cure}r1=..., spectral_norm=True in the model, or a lower learning rate of the critic"
+        )
+
+    def _nearer(self, history: Mapping[str, np.ndarray], last: int) -> bool:
+        """Whether the distance that a Wasserstein critic measures has fallen from its highest."""
+        distance = np.asarray(history.get("critic_penalty", 0.0)) - history["critic_loss"]
+        whole = distance[len(distance) % last :].reshape(-1, last)
+        means = np.nanmean(whole, 1)
+        return bool(means[-1] < (1 - HEADWAY) * means.max())
+
+
+def _recent(history: Mapping[str, np.ndarray], column: str, count: int, ago: int = 0) -> float:
+    """Mean of the last ``count`` numbers of a column, or of those ``ago`` steps before; NaN where there are none."""
+    column_ = history.get(column, np.zeros(0))
+    numbers = column_[len(column_) - count - ago : len(column_) - ago]
+    numbers = numbers[np.isfinite(numbers)]
+    return float(numbers.mean()) if len(numbers) else math.nan
 
 
 @dataclass(frozen=True)
@@ -197,7 +238,9 @@ class CriticsMove:
             )
         loss = LOSSES[game.loss].critic(real, fake).mean()
         right = game.right(real.detach(), fake.detach())
-        metrics = {"accuracy_real": right[0].mean(), "accuracy_fake": right[1].mean(), "spread": _spread(y, x.detach())}
+        metrics = {"accuracy_real": right[0].mean(), "accuracy_fake": right[1].mean(), **_moments(y, x.detach())}
+        if "context" in batch:
+            metrics["spread_given"] = _spread_given(y, x.detach(), batch["context"])
         penalties = []
         if game.gradient_penalty:
             penalties.append(game.gradient_penalty * gradient_penalty(guide, batch, y, len(real)))
@@ -249,6 +292,29 @@ def _square_norms(numbers: Tensor, x: Tensor, packs: int) -> Tensor:
     return slope.reshape(packs, -1).square().sum(1)
 
 
-def _spread(y: Tensor, x: Tensor) -> Tensor:
-    """Root of the draws' variance over the data's, both summed over coordinates."""
-    return (y.var(0).sum() / x.var(0).sum()).sqrt()
+def _moments(y: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The draws' standard deviation, and how far their mean lies from the data's, in standard deviations of the data.
+
+    Variances, and squares of differences, are summed over coordinates.
+    """
+    unit = x.var(0).sum()
+    shift = (y.mean(0) - x.mean(0)).square().sum()
+    return {"spread": (y.var(0).sum() / unit).sqrt(), "shift": (shift / unit).sqrt()}
+
+
+def _spread_given(y: Tensor, x: Tensor, context: Tensor) -> Tensor:
+    r"""Root of :math:`\sum (y_i - y_j)^2 / \sum (x_i - x_j)^2` over pairs of one context; NaN where none differ."""
+    c = context.flatten(1)
+    same = (c[:, None] == c[None]).all(-1).to(x.dtype)
+    (within_y, _), (within_x, size) = _within(y, same), _within(x, same)
+    return (within_y / torch.where(within_x > 1e-6 * size, within_x, torch.nan)).sqrt()  # not the rounding of equal data
+
+
+def _within(t: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Half of the squared differences over the pairs in ``same``: :math:`\sum_i n_i t_i^2 - \sum_{ij} s_{ij} t_i t_j`.
+
+    The first of the two sums is given too.
+    """
+    t = (t - t.mean(0)).flatten(1)
+    size = (same.sum(1) * t.square().sum(1)).sum()
+    return (size - ((same @ t) * t).sum()).clamp(min=0), size
