@@ -675,7 +675,7 @@ class GenerativeModel(_Questions, PyroModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.family:
+        if vars(cls).get("family"):  # a subclass does not take its parent's place
             FAMILIES[cls.family] = cls
 
     @classmethod
@@ -1465,11 +1465,11 @@ class GenerativeModel(_Questions, PyroModule):
         """Refuse what no file can hold; a family that takes modules of one's own refines it."""
 
     def save(self, path: str | Path) -> None:
-        """Write settings, parameters and preprocessing to one file that executes nothing when read."""
-        if not self.family:
-            raise ValueError(
-                f"{type(self).__name__} has no name in the registry of families; set `family = ...` in the class to save it"
-            )
+        """Write settings, parameters and preprocessing to one file that executes nothing when read.
+
+        Raises:
+            ValueError: If the class has no ``family`` of its own under which ``pgen.load`` would find it again.
+        """
         _check_savable(self)
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         self._write(path, {"family": self.family, "settings": self.settings(), "dtype": dtype})
@@ -2066,6 +2066,9 @@ def _check_savable(model: nn.Module) -> None:
     """Refuse a model of which a part is one that no file can hold."""
     for part in model.modules():
         if isinstance(part, GenerativeModel):
+            if not vars(type(part)).get("family"):
+                what = f"{type(part).__name__} has no name in the registry of families"
+                raise ValueError(f"{what}; set `family = ...` in the class to save it")
             part._check_savable()
 
 

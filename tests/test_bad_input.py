@@ -496,6 +496,23 @@ def test_a_random_state_of_a_family_without_a_name_is_not_saved(tmp_path):
         Own((3,), 2, (4,)).save(tmp_path / "own.pgen")
 
 
+def test_a_subclass_does_not_take_its_parents_place_in_files(tmp_path):
+    class Own(VAE):
+        """Under no name of its own."""
+
+    VAE((3,), 2, (4,)).save(tmp_path / "vae.pgen")
+    assert type(pgen.load(tmp_path / "vae.pgen")) is VAE and pgen.models.REGISTRY["vae"] is VAE
+    with refused("Own has no name in the registry of families; set `family = ...` in the class to save it"):
+        Own((3,), 2, (4,)).save(tmp_path / "own.pgen")
+    assert not (tmp_path / "own.pgen").exists()
+
+
+def test_a_classifier_with_an_energy_of_ones_own_is_not_saved(tmp_path):
+    own = [pgen.models.EnergyBased((2,), energy=torch.nn.Sequential(torch.nn.Linear(2, 1))) for _ in range(2)]
+    with refused("the energy Sequential is a module of your own, which no file can hold"):
+        pgen.models.GenerativeClassifier(own).save(tmp_path / "own.pgen")
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -136,18 +135,12 @@ class EnergyBased(UnnormalisedModel):
         own = {"event_shape": list(self.event_shape), "energy": self.network_name, "hidden": list(self.hidden)}
         return {**own, **{name: getattr(self, name) for name in names}, "tempering": list(astuple(self.tempering))}
 
-    def save(self, path: str | Path) -> None:
-        """Write the model to one file.
-
-        Raises:
-            ValueError: If the energy is a module of your own.
-        """
+    def _check_savable(self) -> None:
         if not self.network_name:
             raise ValueError(
                 f"the energy {type(self.network).__name__} is a module of your own, which no file can hold; use 'dense' or "
                 "'conv', or save its state_dict yourself"
             )
-        super().save(path)
 
     def prime(self, data: Batch) -> None:
         """Take the means and standard deviations of the data, raw and preprocessed.

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import pyro
@@ -345,14 +344,12 @@ class GAN(GenerativeModel):
         """Of blurred draws: a density, but of the whole numbers that preprocessing blurs as well, a mass."""
         return "mass" if self.preprocess is not None and self.preprocess.kind == "lower_bound" else "density"
 
-    def save(self, path: str | Path) -> None:
-        """Write settings, parameters and preprocessing to one file; of networks of your own there are no settings to write."""
+    def _check_savable(self) -> None:
         if self.own:
             raise ValueError(
                 "a file cannot rebuild networks of your own: save their tensors, safetensors.torch.save_model(gan, path), and "
                 "load them into a GAN that you make in the same way"
             )
-        super().save(path)
 
     def _refuse(self, question: str, instead: str) -> NoReturn:
         raise NotAvailable(f"a GAN has no {question}: its draws come without a density or an encoder; {instead}")
