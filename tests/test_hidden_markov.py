@@ -352,6 +352,7 @@ def test_two_contexts_get_their_transitions_back():
     assert float(found) > float(best) - 0.01 > 0.9
 
 
+@pytest.mark.filterwarnings("ignore:every datum has the same context")
 def test_a_fit_with_a_context_starts_at_the_chain_without_one():
     x = torch.bernoulli(torch.full((40, 6, 3), 0.5))
     plain, model = (HiddenMarkov((6, 3), 3, "bernoulli", context_dim=dim) for dim in (0, 1))

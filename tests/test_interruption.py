@@ -50,8 +50,8 @@ def at_step(monkeypatch, wanted, number):
     """Send ``number`` during the ``wanted``-th step of any tier."""
     call = LOOP._Trainer._call
 
-    def signalling(self, step, limit, table):
-        taken, out = call(self, step, limit, table)
+    def signalling(self, step, limit, *rest):
+        taken, out = call(self, step, limit, *rest)
         if step < wanted <= step + taken:
             signal.raise_signal(number)
         return taken, out
