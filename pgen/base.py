@@ -858,7 +858,7 @@ class GenerativeModel(_Questions, PyroModule):
         self.to(dtype=settings.dtype)  # before data are read in it
         batch, source = self._opened(data, batch_size, lambda x, numbers: self._checked("data", x, context, numbers))
         batch = self._placed(batch)
-        concern = self._concern_of_context(batch)
+        concern = self._concern_of_context(batch) if source is None else ""  # of a source a part alone is here
         share = self._share(validation, source, epochs is None and steps is None and settings.stop != "converged")
         held_out = self._batch("validation", validation, validation_context) if share is None else None
         if share:
@@ -1533,6 +1533,10 @@ def _unweighable(draws: Draws) -> str:
     return "a plate is subsampled" if draws.subsampled else ""
 
 
+def _without_latents(*args: Any, **kwargs: Any) -> None:
+    """A guide of nothing."""
+
+
 class Pair(_Questions):
     r"""Any two Pyro programs, with the questions of ``GenerativeModel`` that make sense for them.
 
@@ -1588,6 +1592,15 @@ class Pair(_Questions):
         if self._guide is None:
             raise ValueError("this pair has not seen data yet; call fit first")
         return self._model, self._guide
+
+    def _begun(self, objective: Any, *args: Any) -> Any:
+        if self._guide is not None:
+            return super()._begun(objective, *args)
+        self._guide = _without_latents  # what begins at the data asks the model alone; the guide is written at the first look
+        try:
+            return super()._begun(objective, *args)
+        finally:
+            self._guide = None
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         converge = settings.stop == "converged"

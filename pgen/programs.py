@@ -583,8 +583,8 @@ Sites = Iterator[tuple[str, Any, Tensor]]
 def lists_sites(program: Callable[..., Sites]) -> Callable[..., Sites]:
     """Mark a program that yields its sites ``(name, distribution, value)`` in place of Pyro's statements.
 
-    All are observed, and each in the data plate with one axis, the batch's. Whoever runs programs takes either kind; this one
-    does without Pyro's handlers, which cost more than the arithmetic of a small model.
+    All are observed, and each in the data plate with one axis, the batch's. ``run_program`` and ``run_laws`` take either kind,
+    and this one without Pyro's handlers, which cost more than the arithmetic of a small model.
     """
     program.lists_sites = True  # type: ignore[attr-defined]
     return program

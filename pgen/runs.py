@@ -539,19 +539,19 @@ _IN_PYTHON = {"num_labels": "the class of each datum"}
 """What settings of plain types need beside them that only a program can give."""
 
 
-def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
+def _check_kind(name: str, key: str, value: Any, annotation: str, what: str = "setting") -> None:
     """Compare a value with the plain types in an annotation; arguments that no plain value can be are refused."""
     if key in _IN_PYTHON:
         raise ValueError(
-            f"the setting {key!r} of {name} needs {_IN_PYTHON[key]}, which the command line cannot give; use Python"
+            f"the {what} {key!r} of {name} needs {_IN_PYTHON[key]}, which the command line cannot give; use Python"
         )
     words = _words(annotation)
     if not _is_plain(key, annotation):
-        raise ValueError(f"the setting {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
+        raise ValueError(f"the {what} {key!r} of {name} is {annotation}, which the command line cannot give; use Python")
     wrong = isinstance(value, bool) and "bool" not in words
     if wrong or not any(isinstance(value, _PLAIN_KINDS[word]) for word in words if word in _PLAIN_KINDS):
         such = f", such as --set {key}=[64,64]" if annotation.startswith("Sequence[int]") else ""
-        raise ValueError(f"the setting {key!r} of {name} should be {annotation}{such}, got {value!r}")
+        raise ValueError(f"the {what} {key!r} of {name} should be {annotation}{such}, got {value!r}")
     parts = _PARTS_OF_TUPLE.search(annotation)
     if isinstance(value, list) and parts:
         kinds = [_PLAIN_KINDS[part.strip()] for part in parts[1].split(",")]
@@ -559,7 +559,7 @@ def _check_kind(name: str, key: str, value: Any, annotation: str) -> None:
             isinstance(part, kind) and not isinstance(part, bool) for part, kind in zip(value, kinds)
         ):
             such = ",".join("3" if kind == (int,) else "0.5" for kind in kinds)
-            raise ValueError(f"the setting {key!r} of {name} should be {parts[0]}, such as --set {key}=[{such}], got {value!r}")
+            raise ValueError(f"the {what} {key!r} of {name} should be {parts[0]}, such as --set {key}=[{such}], got {value!r}")
 
 
 def _words(annotation: str) -> list[str]:
@@ -611,7 +611,7 @@ def parse_objective(text: str, *, program: bool = False) -> tuple[str, dict[str,
         if key == "noise":
             _named("--objective noise_contrastive:noise", str(value))
         elif not ("Schedule" in accepted[key] and _is_line(value)):
-            _check_kind(name, key, value, accepted[key])
+            _check_kind(name, key, value, accepted[key], "argument")
     return name, given
 
 
@@ -639,7 +639,8 @@ def _noise(name: str, x: Tensor, seed: int) -> Any:
     """A family of its own settings for the noise of noise contrast, which sees data as the model does."""
     family, given = cast(Any, pgen.models.REGISTRY[_named("noise", name)]), {"seed": seed}
     accepted = inspect.signature(family).parameters
-    given |= {key: value for key, value in family.suggest(x, {"likelihood": "gaussian"}).items() if key != "preprocess"}
+    likelihood = "bernoulli" if bool(((x == 0) | (x == 1)).all()) else "gaussian"
+    given |= {key: value for key, value in family.suggest(x, {"likelihood": likelihood}).items() if key != "preprocess"}
     if needed := [key for key, p in accepted.items() if p.default is p.empty and key not in ("event_shape", *given)]:
         raise ValueError(f"--objective noise_contrastive:noise={name}: {name} needs a value of {needed[0]!r}; take gaussian")
     return family(tuple(x.shape[1:]), **{key: value for key, value in given.items() if key in accepted})

@@ -240,3 +240,13 @@ def test_grey_levels_are_told_the_ways_out():
         ValueError, match=r"visible='gaussian', preprocess=Standardize\(\), or make bits: x = \(x > 8\).float\(\)"
     ):
         RBM((3,)).fit(x, steps=1, progress=False)
+
+
+def test_sweeps_in_half_precision_keep_rare_bits_rare():
+    machine = RBM((6,), 3)
+    with torch.no_grad():
+        machine.visible_bias.fill_(-9.0)
+        machine.weight.zero_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            v = machine.distribution().gibbs(torch.zeros(100_000, 6))
+    assert float(v.mean()) < 3e-4  # 1.2e-4, and numbers of 8 bits have none below 1/256

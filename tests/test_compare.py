@@ -227,3 +227,10 @@ def test_the_picture_has_a_mark_for_each_model_and_arrows_for_bounds():
     assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["b", "a", "c"]
     assert [container[0].get_marker() for container in ax.containers] == ["o", ">", "<"]
     assert ax.get_xscale() == "symlog"
+
+
+def test_what_all_scores_are_of_is_told():
+    of = "of draws blurred by s = 0.1, not of the GAN"
+    scores = {n: Score(torch.randn(9), "estimate", 2, measure="density", note=of) for n in "ab"}
+    found = pgen.compare(scores)
+    assert f"All scores are {of}." in str(found) and f"All scores are {of}." in found.to_dict()["notes"]

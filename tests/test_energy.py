@@ -814,3 +814,27 @@ def test_statements_in_a_network_of_ones_own_are_seen():
     model = EnergyBased((2,), energy=Scaled(), confine=False)
     model.fit(X.float(), steps=60, objective=SlicedScoreMatching(), optimizer=0.05, progress=False)
     assert float(dict(model.home.named_parameters())["factor"].detach()) == pytest.approx(0.5 / VARIANCE, rel=0.2)
+
+
+def test_sites_that_are_not_marked_are_a_program_like_any_other():
+    class Plain(EnergyBased):
+        def sites(self, x, context=None, labels=None):
+            yield "x", Unnormalised(lambda at: self._energy(at, context), (2,)), x
+
+    run = Plain((2,), hidden=(8,)).fit(X.float(), steps=3, objective=DenoisingScoreMatching(), progress=False)
+    assert run.steps == 3
+
+
+def test_factors_do_not_say_whether_noise_is_of_their_kind():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.factor("energy", -pyro.param("a", torch.tensor(1.0)) * x.sum(1))
+
+    x = torch.bernoulli(torch.full((40, 3), 0.5))
+    noise = pgen.models.MADE((3,), likelihood="bernoulli", hidden=(4,))
+    pgen.Pair(model).fit(x, objective=NoiseContrastive(noise), steps=2, progress=False)
+
+
+def test_noise_without_a_normaliser_is_refused_before_it_is_trained():
+    with pytest.raises(ValueError, match="`noise` should have an exact density, and EnergyBased lacks its normaliser"):
+        EnergyBased((2,)).fit(X.float(), objective=NoiseContrastive(EnergyBased((2,))), steps=1, progress=False)

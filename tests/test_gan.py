@@ -457,6 +457,15 @@ def test_spread_and_shift_are_those_of_a_loop_over_pairs():
     torch.testing.assert_close(_spread_given(y, x, c), (squares[0] / squares[1]).sqrt())
     torch.testing.assert_close(_spread_given(2 * x, x, c), torch.tensor(2.0, dtype=D))
     assert bool(_spread_given(y, x, torch.arange(11.0, dtype=D)[:, None]).isnan())  # no two of one context
+    several = torch.zeros(11, 9)
+    several[::2] = torch.eye(9)[0] + torch.eye(9)[3]  # 1 and 4 of one half, 9 of the other: roots that add up
+    several[1::2] = torch.eye(9)[8]
+    pairs = [(i, j) for i in range(11) for j in range(i) if (i - j) % 2 == 0]
+    squares = [sum((t[i] - t[j]).square().sum() for i, j in pairs) for t in (y, x)]
+    torch.testing.assert_close(_spread_given(y, x, several), (squares[0] / squares[1]).sqrt())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(_spread_given(y.float(), x.float(), several).to(D), (squares[0] / squares[1]).sqrt())
+        assert bool(_spread_given(y.float(), x.float(), torch.randn(11, 3)).isnan())
     assert bool(_spread_given(y, (c @ torch.randn(4, 6, dtype=D))[:, :, None], c).isnan())  # the context says all
     unit = torch.as_tensor(np.var(x.numpy(), 0, ddof=1).sum())
     torch.testing.assert_close(_moments(y, x)["shift"], torch.linalg.vector_norm(y.mean(0) - x.mean(0)) / unit.sqrt())

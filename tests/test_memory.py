@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,3 +93,23 @@ def test_other_systems_keep_their_heap_as_it_is(monkeypatch):
     assert _library.__wrapped__() is None
     with heap_kept(torch.device("cuda")):  # no graphics processor is asked for
         pass
+
+
+def test_a_fit_within_a_fit_leaves_the_heap_to_the_outer_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "pgen.training.heap._library", lambda: SimpleNamespace(mallopt=lambda *a: calls.append(a), malloc_trim=calls.append)
+    )
+    monkeypatch.setattr("pgen.training.heap.LONG", 0.0)
+    cpu = torch.device("cpu")
+    with pytest.raises(KeyError), heap_kept(cpu):
+        with heap_kept(cpu):
+            calls.clear()
+        assert calls == []
+        raise KeyError
+    assert calls == [(-1, 64 * 2**20), 0]
+
+
+def test_thresholds_of_the_environment_are_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert _library.__wrapped__() is None

@@ -325,6 +325,8 @@ def _notes(scores: dict[str, Score]) -> tuple[str, ...]:
             notes.append(
                 f"{name} is not normalised: its mean says nothing beside others'; log_normalizer() estimates what it lacks."
             )
+    if common := {score.note for score in scores.values()} - {""}:
+        notes.append(f"All scores are {common.pop()}.")  # comparable scores share it
     known = {score.measure for score in scores.values()} - {""}
     unknown = [name for name, score in scores.items() if not score.measure]
     if known and unknown:

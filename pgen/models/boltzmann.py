@@ -327,7 +327,7 @@ class BoltzmannLaw(Unnormalised):
 
     def hidden(self, v: Tensor) -> Tensor:
         """Log-odds of the hidden units, ``(B, H)``."""
-        return torch.addmm(self.hidden_bias, v, self.weight)
+        return self.hidden_bias + v @ self.weight
 
     def _field(self, v: Tensor, bias: Tensor) -> Tensor:
         """The visible units' own part of the log-density."""
@@ -343,9 +343,10 @@ class BoltzmannLaw(Unnormalised):
 
     def _sweep(self, v: Tensor, bias: Tensor, beta: float) -> Tensor:
         """A sweep at a temperature, the visible biases given."""
-        odds = torch.addmm(self.hidden_bias, v, self.weight, beta=beta, alpha=beta)
+        odds = self.hidden(v) if beta == 1 else beta * self.hidden(v)
         h = (torch.rand_like(odds) < odds.sigmoid()).to(v.dtype)
-        mean = torch.addmm(bias, h, self.weight.T, alpha=beta)
+        drive = h @ self.weight.T
+        mean = bias + (drive if beta == 1 else beta * drive)
         return mean + torch.randn_like(mean) if self.real else (torch.rand_like(mean) < mean.sigmoid()).to(v.dtype)
 
     # -- sums over all states -----------------------------------------------------------------------------------------

@@ -85,10 +85,14 @@ class UnnormalisedModel(GenerativeModel):
         """No latents."""
 
     def loss(self, objective: Any, batch: Batch, scalars: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch, without Pyro's handlers where ``model`` is the sites and no network has its own."""
-        if self.own or objective.kind != "unnormalised" or type(self).model is not UnnormalisedModel.model:
+        """Loss and metrics of one batch.
+
+        Objectives that take listed sites do without Pyro's handlers, where ``model`` is the sites and no network has its own.
+        """
+        listed = getattr(objective, "takes_sites", False) and getattr(self.sites, "lists_sites", False)
+        if self.own or not listed or type(self).model is not UnnormalisedModel.model:
             return super().loss(objective, batch, scalars)
-        with isolated():
+        with isolated(self.home):
             return objective(self.sites, self.guide, self.prepare(batch), scalars)
 
     # -- chains -------------------------------------------------------------------------------------------------------
@@ -181,8 +185,8 @@ class UnnormalisedModel(GenerativeModel):
     ) -> dict[str, Tensor]:
         """Draws of x, given the context of each datum where there is one: ``{"x": (S, N, *event_shape)}``.
 
-        Chains are dear: there are ``max(2000, 10 N)`` at most, with a context as many for each datum, and more draws are
-        repetitions of theirs.
+        Chains are dear: there are ``max(2000, 10 N)`` at most, of which with a context each datum has its share, and more draws
+        are repetitions of theirs.
         """
         options: dict[str, Any] = {"compile": compile, "progress": progress}
         return self._generated(data, num_samples, seed, context, most=fewer_draws, **options)

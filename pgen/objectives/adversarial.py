@@ -304,12 +304,14 @@ def _moments(y: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 def _spread_given(y: Tensor, x: Tensor, context: Tensor) -> Tensor:
     r"""Root of :math:`\sum (y_i - y_j)^2 / \sum (x_i - x_j)^2` over pairs of one context; NaN where none differ."""
-    c = context.flatten(1).to(x.dtype)
-    roots = torch.arange(1, c.shape[1] + 1, dtype=c.dtype, device=c.device).sqrt()  # one number a context tells them apart
-    number = (c * roots).sum(1)
+    c = context.flatten(1).double()
+    weights = torch.arange(1, c.shape[1] + 1, dtype=c.dtype, device=c.device).square().sin()  # independent over the rationals
+    number = (c * weights).sum(1)  # tells contexts apart
     same = (number[:, None] == number[None]).to(x.dtype)
-    (within_y, _), (within_x, size) = _within(y, same), _within(x, same)
-    return (within_y / torch.where(within_x > 1e-6 * size, within_x, torch.nan)).sqrt()  # not the rounding of equal data
+    with torch.autocast(x.device.type, enabled=False):
+        (within_y, _), (within_x, size) = _within(y.to(x.dtype), same), _within(x, same)
+    some = (same.sum() > len(same)) & (within_x > 1e-6 * size)  # not the rounding of equal data
+    return (within_y / torch.where(some, within_x, torch.nan)).sqrt()
 
 
 def _within(t: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,7 @@ class ContrastiveDivergence:
     exact: bool = field(default=False, kw_only=True, repr=False)
 
     kind: ClassVar[Kind] = "unnormalised"
+    takes_sites: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("steps", self.steps)

@@ -30,6 +30,7 @@ class _ScoreMatching:
 
     kind: ClassVar[Kind] = "unnormalised"
     word: ClassVar[str] = "score-matching loss"
+    takes_sites: ClassVar[bool] = True
 
     def begin(self, model: Program, guide: Program, batch: Batch) -> Any:
         """The objective itself, once the model is known to fit it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..contracts import Batch, Kind, check_positive
-from ..programs import PlateSize, run_program, run_values
+from ..programs import PlateSize, run_laws, run_program, run_values
 from .density import check_without_latents, conditionals, is_discrete, law, log_density, parts
 from .elbo import ELBO, Scalars
 
@@ -61,6 +61,7 @@ class NoiseContrastive:
 
     kind: ClassVar[Kind] = "unnormalised"
     word: ClassVar[str] = "noise-contrastive loss"
+    takes_sites: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("ratio", self.ratio)
@@ -85,9 +86,13 @@ class NoiseContrastive:
             raise ValueError(
                 f"`noise` should have an exact density, and {type(noise).__name__} has none; use pgen.models.Gaussian"
             )
+        if hasattr(noise, "take_normalizer"):
+            raise ValueError(f"`noise` should have an exact density, and {type(noise).__name__} lacks its normaliser")
         if not noise.primed:
             noise.fit(x, progress=False)
-        self._check_kinds(law(model, batch), law(noise.model, {"x": x[:1]}), noise)
+        observing = [fn for fn, value in run_laws(model, batch).values() if value is x]
+        if observing:  # factors alone do not say what x is
+            self._check_kinds(observing[0], law(noise.model, {"x": x[:1]}), noise)
         drawn = run_program(noise.guide, {"x": x[:1]})
         if drawn:
             raise ValueError(f"`noise` should have an exact density, and this one draws latents ({next(iter(drawn))!r})")

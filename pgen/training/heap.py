@@ -9,7 +9,10 @@ the time. Preloading another allocator is the usual cure; here the threshold is 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,29 +27,49 @@ _NEVER, _ADAPTED, _LARGEST = 2**31 - 1, 64 * 2**20, 32 * 2**20
 """No trimming; how far the library moves both thresholds by itself, at most."""
 
 
+LONG = 1.0
+"""Seconds of a fit after which its memory is given back at once: to look for it takes tens of milliseconds in a torn heap."""
+_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
 @lru_cache(1)
 def _library() -> Any:
-    """The C library, if it is one that has these thresholds."""
-    if not sys.platform.startswith("linux"):
+    """The C library, if it is one that has these thresholds and nobody has set them for this process."""
+    if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in _OWN):
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
+
+
+class _Inside:
+    """How many fits are under way in this process, of which the last one gives memory back."""
+
+    lock = threading.Lock()
+    fits = 0
 
 
 @contextmanager
 def heap_kept(device: torch.device) -> Iterator[None]:
     """Keep freed memory inside, and give all of it back at the end; does nothing on a GPU or without glibc.
 
-    Afterwards both thresholds stand where the library itself moves them at most (they cannot be read).
+    Afterwards both thresholds stand where the library itself moves them at most (they cannot be read). Those set by the
+    environment, ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, are left alone.
     """
     library = _library() if device.type == "cpu" else None
     if library is None:
         yield
         return
-    library.mallopt(_MAPPED, _LARGEST)
-    library.mallopt(_TRIM, _NEVER)
+    begun = time.monotonic()
+    with _Inside.lock:
+        _Inside.fits += 1
+        library.mallopt(_MAPPED, _LARGEST)
+        library.mallopt(_TRIM, _NEVER)
     try:
         yield
     finally:
-        library.mallopt(_TRIM, _ADAPTED)
-        library.malloc_trim(0)
+        with _Inside.lock:
+            _Inside.fits -= 1
+            if not _Inside.fits:
+                library.mallopt(_TRIM, _ADAPTED)
+        if not _Inside.fits and time.monotonic() - begun > LONG:
+            library.malloc_trim(0)
