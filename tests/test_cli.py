@@ -427,6 +427,7 @@ def test_objectives_are_named_and_given_their_arguments():
     )
     noise = runs.objective("noise_contrastive:ratio=3,noise=gmm", x, 0)
     assert (noise.ratio, noise.noise.family, noise.noise.event_shape) == (3, "gaussian_mixture", (3,))
+    assert runs.objective("noise_contrastive:noise=made", (x > 0).float(), 0).noise.likelihood == "bernoulli"
     assert runs.objective("noise_contrastive", x, 0).noise.preprocess is None and runs.objective(None, x, 0) is None
     for name, made in runs.OBJECTIVES.items():
         assert type(runs.objective(name, x, 0)) is made
