@@ -50,7 +50,7 @@ class _Inside:
 
 @contextmanager
 def heap_kept(device: torch.device) -> Iterator[None]:
-    """Keep freed memory inside, and give all of it back at the end; does nothing on a GPU or without glibc.
+    """Keep freed memory inside, and give it back at the end, at once where it took long; nothing on a GPU or without glibc.
 
     Afterwards both thresholds stand where the library itself moves them at most (they cannot be read). Those set by the
     environment, ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, are left alone.
