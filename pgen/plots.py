@@ -448,25 +448,28 @@ def comparison(found: Comparison) -> Figure:
     r"""Models by rank: the difference of each to the first, with the paired interval that the verdicts rest on.
 
     An arrow marks a bound, and points to where the log-density itself may lie. Blue are models that no other is shown to be
-    better than. The axis is logarithmic away from zero where differences span more than a factor of a hundred.
+    better than. One that is not normalised has no place on the axis, which is logarithmic away from zero where differences
+    span more than a factor of a hundred.
 
     Args:
         found: What ``pgen.compare`` returned.
     """
     first = found.names[0]
     figure, (ax,) = _figure(7.0, 1.3 + 0.42 * len(found.names))
+    placed = {name: score for name, score in found.scores.items() if score.kind != "unnormalised"}
     differences = [found.difference(name, first) for name in found.names]
-    shown = [abs(d.mean) for d in differences[1:] if math.isfinite(d.mean)]
+    shown = [abs(d.mean) for name, d in zip(found.names[1:], differences[1:]) if math.isfinite(d.mean) and name in placed]
     if shown and max(shown) > 100 * max(min(shown), 1e-9):
         ax.set_xscale("symlog", linthresh=max(min(shown), max(shown) / 1e4))
     for rank, (name, difference) in enumerate(zip(found.names, differences)):
         score = found.scores[name]
         colour = BLUE if name in found.best else ORANGE
-        if math.isfinite(difference.mean):
+        if math.isfinite(difference.mean) and name in placed:
             bar = 0.0 if rank == 0 or math.isnan(difference.std_error) else difference.width * difference.std_error
             ax.errorbar(difference.mean, rank, xerr=bar, color=colour, fmt=_KIND_MARKERS[score.kind], markersize=7, capsize=3)
     ax.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
-    labels = [f"{name}\n{found.scores[name].mean:.2f}, {KIND_WORDS[found.scores[name].kind]}" for name in found.names]
+    kinds = {name: KIND_WORDS[score.kind] for name, score in found.scores.items()}
+    labels = [f"{name}\n" + (f"{placed[name].mean:.2f}, " if name in placed else "") + kinds[name] for name in found.names]
     ax.set_yticks(range(len(labels)), labels, color=INK, fontsize=9)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     _label(ax, f"difference to {first} [nats a datum]", "", f"{len(found.scores[first])} held-out data: higher is better")

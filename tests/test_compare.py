@@ -234,3 +234,14 @@ def test_what_all_scores_are_of_is_told():
     scores = {n: Score(torch.randn(9), "estimate", 2, measure="density", note=of) for n in "ab"}
     found = pgen.compare(scores)
     assert f"All scores are {of}." in str(found) and f"All scores are {of}." in found.to_dict()["notes"]
+
+
+def test_what_is_not_normalised_has_no_place_on_the_axis():
+    kinds = {"energy": ("unnormalised", 400.0), "gaussian": ("exact", -2.0), "flow": ("exact", -1.5)}
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    scores = {
+        n: Score(mean + (i + 1) * 0.1 * noise, kind, 2, measure="density") for i, (n, (kind, mean)) in enumerate(kinds.items())
+    }
+    (ax,) = plots.comparison(pgen.compare(scores)).axes
+    assert len(ax.containers) == 2 and ax.get_xscale() == "linear" and ax.get_xlim()[1] < 1
+    assert ax.get_yticklabels()[-1].get_text() == "energy\nunnormalised"
