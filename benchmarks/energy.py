@@ -409,8 +409,8 @@ def page(found, settings):
         parts += [
             "## A training step",
             "CPU milliseconds, the fastest block. Plain: the loop that one writes by hand in torch with fused Adam, and the "
-            "same with `torch.compile` on chains and loss; eager, graph and compiled: `fit` in each tier. Eager steps run "
-            "Pyro's handlers; `fit` leaves them by itself where a fit lasts longer than seconds.",
+            "same with `torch.compile` on chains and loss; eager, graph and compiled: `fit` in each tier, of "
+            "which it takes a faster one by itself where a fit lasts longer than seconds.",
             table(["step", "plain torch", "fit, eager", "fit, graph", "plain, torch.compile", "fit, compiled"],
                   [[r["step"], *("" if r[n] is None else f"{r[n]:.2f}" for n in names)] for r in rows]),
         ]  # fmt: skip
