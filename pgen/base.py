@@ -1586,21 +1586,22 @@ class Pair(_Questions):
         localize(self.home)
         self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._shapes: dict[str, Any] = {}
+        self._beginning = False
 
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The two programs."""
+        if self._guide is None and self._beginning:  # what begins at the data asks the model alone
+            return self._model, _without_latents
         if self._guide is None:
             raise ValueError("this pair has not seen data yet; call fit first")
         return self._model, self._guide
 
     def _begun(self, objective: Any, *args: Any) -> Any:
-        if self._guide is not None:
-            return super()._begun(objective, *args)
-        self._guide = _without_latents  # what begins at the data asks the model alone; the guide is written at the first look
+        self._beginning = True
         try:
             return super()._begun(objective, *args)
         finally:
-            self._guide = None
+            self._beginning = False
 
     def _default_optimizer(self, settings: Training) -> tuple[Adam, Training]:
         converge = settings.stop == "converged"
