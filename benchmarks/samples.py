@@ -2,12 +2,14 @@
 
     python benchmarks/samples.py --markdown docs/benchmarks/samples.md
     python benchmarks/samples.py --parts families --families VAE Flow --minutes 1 --markdown docs/benchmarks/samples.md
+    python benchmarks/samples.py --parts mnist --minutes 20 --markdown docs/benchmarks/samples.md  # meant for a GPU
 
 Runs can be made piecemeal: each row is kept in docs/benchmarks/samples.json (``--results``) and the page is written from all
 that is there; ``--again`` makes rows anew. ``--minutes`` bounds the CPU time of a fit, whose number of steps is the budget over
 the time of a step, so that the rate falls to its end; families that are not there yet are left out. Parts: ``families``,
-``tests`` (the power of classifiers in a two-sample test, and their level), ``parzen`` (why not to trust Parzen windows). One
-thread; times are CPU seconds.
+``tests`` (the power of classifiers in a two-sample test, and their level), ``parzen`` (why not to trust Parzen windows), and, if
+it is asked for, ``mnist`` (28 x 28 in 16 levels, convolutional networks; where there is no GPU, minutes of one CPU). One thread;
+times are CPU seconds, of ``mnist`` on a GPU seconds.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,14 +44,14 @@ def same(x):
     return x
 
 
-def centred(x):
+def centred(x, top=16):
     """Levels 0 to 16 to [-1, 1]."""
-    return x / 8 - 1
+    return x / (top / 2) - 1
 
 
-def levels(y):
+def levels(y, top=16):
     """And back to the nearest level."""
-    return ((y + 1) * 8).round().clamp(0, 16)
+    return ((y + 1) * (top / 2)).round().clamp(0, top)
 
 
 @dataclass
@@ -122,6 +125,40 @@ RECIPES = {
 }
 
 
+IMAGE, GREYS = (28, 28), 16
+GREY = {"likelihood": "categorical", "num_classes": GREYS}
+MNIST = {
+    "VAE": Recipe(lambda s: models.VAE(IMAGE, 32, (512, 512), **GREY, seed=s), 100, score={"num_samples": 100}),
+    "PixelCNN": Recipe(lambda s: models.PixelCNN(IMAGE, 64, dropout=0.2, **GREY, seed=s), 100),
+    "Diffusion": Recipe(lambda s: models.Diffusion(IMAGE, "unet", **GREY, seed=s), 200, options={"ema": 0.999}),
+    "FlowMatching": Recipe(
+        lambda s: models.FlowMatching(IMAGE, "unet", preprocess=Dequantize(GREYS), seed=s),
+        200,
+        options={"ema": 0.999},
+        score={"batch_size": 200},
+    ),
+    "GAN": Recipe(
+        lambda s: models.GAN(IMAGE, 64, architecture="dcgan", output="tanh", seed=s),
+        100,
+        partial(centred, top=GREYS - 1),
+        partial(levels, top=GREYS - 1),
+        gan_options(),
+    ),
+    "EnergyBased": Recipe(
+        lambda s: models.EnergyBased(
+            IMAGE, "conv", hidden=(32, 64, 128), preprocess=Compose([Dequantize(GREYS), Standardize()]), seed=s
+        ),
+        50,
+        decode=lambda x: x.floor().clamp(0, GREYS - 1),
+        options=energy_options(),
+        draw={"start": "chains", "num_steps": 10},
+    ),
+}
+"""On MNIST in 16 levels; the networks are the families' convolutional ones, of small size."""
+
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
 # --- families --------------------------------------------------------------------------------------------------------------
 
 
@@ -130,24 +167,23 @@ def number_of_steps(recipe, x, seconds):
     spent, batch = [], recipe.options.get("batch_size", min(recipe.make(0).default_batch_size or 128, len(x)))
     options = {"batch_size": batch, "compile": "graph", "progress": False}
     for steps in (20, 60):
-        began = time.process_time()
+        began = clock()
         recipe.make(0).fit(x, steps=steps, **{**recipe.options, **options})
-        spent.append(time.process_time() - began)
+        spent.append(clock() - began)
     a_step = max((spent[1] - spent[0]) / 40, 1e-5)
     steps = max(50, min(int(seconds / a_step), math.ceil(recipe.epochs * len(x) / batch)))
     return {"steps": steps, "batch_size": batch, "compile": "graph"}
 
 
-def fitted(name, x, validation, seed, minutes):
-    """A fitted model, its CPU seconds and steps."""
-    recipe = RECIPES[name]
+def fitted(recipe, x, validation, seed, minutes):
+    """A fitted model, its seconds and steps."""
     x, validation, model = recipe.encode(x), recipe.encode(validation), recipe.make(seed)
     options = {"seed": seed, "progress": False, **recipe.options}
     if recipe.epochs:
         options |= number_of_steps(recipe, x, 60 * minutes)
-    began = time.process_time()
+    began = clock()
     run = model.fit(x, validation=validation, **options)
-    return model, time.process_time() - began, run.steps
+    return model, clock() - began, run.steps
 
 
 def log_prob(model, x, **options):
@@ -172,9 +208,26 @@ def judged(x, data):
     return kept, {"features": f"{found['features']}; {space}", "verdict": found["verdict"]}
 
 
-def families(names, seeds, minutes, split, kept, again):
+@dataclass
+class Subset:
+    """Parts of a data set, as levels."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    test: torch.Tensor
+    labels: "Subset | None" = None
+
+
+def mnist_in_levels(num_train=50_000, num_test=2000):
+    """MNIST in 16 levels: as many training images, 2000 of validation and of test data each."""
+    data = pgen.data.idx_folder(DATA / "mnist")
+    ends = {"train": num_train, "validation": num_test, "test": num_test}
+    grey = {part: (getattr(data, part)[:end] * 255 / GREYS).floor() for part, end in ends.items()}
+    return Subset(**grey, labels=Subset(**{part: getattr(data.labels, part)[:end] for part, end in ends.items()}))
+
+
+def families(data, recipes, names, seeds, minutes, split, kept, again):
     """One row a family and seed; the floor first."""
-    data = pgen.data.digits(integers=True, split=split)
     if "held-out real" not in kept or again:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: len(data.test)]
         measures, about = judged(data.train[order].float(), data)
@@ -189,9 +242,9 @@ def families(names, seeds, minutes, split, kept, again):
             if row in kept and not again:
                 continue
             print(row, flush=True)
-            model, seconds, steps = fitted(name, data.train.float(), data.validation.float(), seed, minutes)
-            recipe = RECIPES[name]
-            x = recipe.decode(model.sample(len(data.test), seed=seed + 100, **recipe.draw).float())
+            recipe = recipes[name]
+            model, seconds, steps = fitted(recipe, data.train.float(), data.validation.float(), seed, minutes)
+            x = recipe.decode(model.sample(len(data.test), seed=seed + 100, **recipe.draw).float().cpu())
             measures, about = judged(x, data)
             likelihood = log_prob(model, recipe.encode(data.test.float()), **recipe.score)
             kept[row] = {"measures": measures, **about, **likelihood, "cpu": seconds, "steps": steps, "minutes": minutes}
@@ -223,7 +276,7 @@ def tasks():
     data = pgen.data.digits(integers=True, split="random")
     real = torch.cat([data.test, data.validation])[:400].float()
     for name in ("Gaussian", "GaussianMixture", "KernelDensity"):
-        model, _, _ = fitted(name, data.train.float(), data.validation.float(), 0, 1.0)
+        model, _, _ = fitted(RECIPES[name], data.train.float(), data.validation.float(), 0, 1.0)
         yield f"digits, {name}", real, model.sample(400, seed=1)
     yield "digits, real (no difference)", real, data.train[torch.randperm(len(data.train), generator=g)[:400]].float()
 
@@ -317,6 +370,21 @@ def table(header, rows):
     return [f"| {line} |" for line in lines] + [""]
 
 
+def mnist_page(kept):
+    if "held-out real" not in kept:
+        return []
+    floor = kept["held-out real"]
+    lines = [
+        "## MNIST, 28 x 28, 16 levels",
+        "",
+        f"{floor['num']} samples against as many test images; the floor is as many training images. Likelihood in nats, as above.",
+        "",
+        f"Spaces: {floor['features']}.",
+        "",
+    ]
+    return [*lines, *rows_of(kept, MNIST)]
+
+
 def family_page(kept):
     if "held-out real" not in kept:
         return []
@@ -336,10 +404,15 @@ def family_page(kept):
         f"Spaces: {floor['features']}.",
         "",
     ]
-    order = {name: place for place, name in enumerate(RECIPES)}
+    return [*lines, *rows_of(kept, RECIPES)]
+
+
+def rows_of(kept, recipes):
+    """The table, in the order of the recipes."""
+    order = {name: place for place, name in enumerate(recipes)}
     names = ["held-out real", *sorted((n for n in kept if n.split()[0] in order), key=lambda n: order[n.split()[0]])]
     header = ["samples of", "log-likelihood", *COLUMNS.values(), "MMD", "copies", "CPU s"]
-    return [*lines, *table(header, [family_row(name.removesuffix(" 0"), kept[name]) for name in names])]
+    return table(header, [family_row(name.removesuffix(" 0"), kept[name]) for name in names])
 
 
 def tests_page(kept):
@@ -389,14 +462,22 @@ def page(kept):
         f"{platform.machine()}. Figures come with standard errors over the samples; one seed a family unless a row says which. "
         "Runs: " + "; ".join(f"{part} {when}" for part, when in kept.get("runs", {}).items()) + "."
     )
-    parts = (family_page(kept.get("families", {})), tests_page(kept.get("tests", {})), parzen_page(kept.get("parzen", {})))
+    parts = (
+        family_page(kept.get("families", {})),
+        mnist_page(kept.get("mnist", {})),
+        tests_page(kept.get("tests", {})),
+        parzen_page(kept.get("parzen", {})),
+    )
     return "\n".join(["# Samples, judged by samples alone", "", about, "", *(line for part in parts for line in part)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["families", "tests", "parzen"], choices=["families", "tests", "parzen"])
+    usual = ["families", "tests", "parzen"]
+    parser.add_argument("--parts", nargs="+", default=usual, choices=[*usual, "mnist"])
     parser.add_argument("--families", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--images", type=int, default=50_000, help="training images of MNIST")
+    parser.add_argument("--held-out", type=int, default=2000, help="images of MNIST to judge by, and samples")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU minutes of a fit, at most")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--split", default="random", choices=["random", "file"])
@@ -408,7 +489,12 @@ def main():
     kept = json.loads(options.results.read_text()) if options.results.is_file() else {}
     made = {
         "families": lambda rows: families(
-            options.families, options.seeds, options.minutes, options.split, rows, options.again
+            pgen.data.digits(integers=True, split=options.split), RECIPES, options.families, options.seeds, options.minutes,
+            options.split, rows, options.again,
+        ),
+        "mnist": lambda rows: families(
+            mnist_in_levels(options.images, options.held_out), MNIST, [n for n in options.families if n in MNIST],
+            options.seeds, options.minutes, "", rows, options.again,
         ),
         "tests": lambda rows: tests(rows, options.again),
         "parzen": lambda rows: parzen(rows, options.again),
