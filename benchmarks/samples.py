@@ -4,12 +4,12 @@
     python benchmarks/samples.py --parts families --families VAE Flow --minutes 1 --markdown docs/benchmarks/samples.md
     python benchmarks/samples.py --parts mnist --minutes 20 --markdown docs/benchmarks/samples.md  # meant for a GPU
 
-Runs can be made piecemeal: each row is kept in docs/benchmarks/samples.json (``--results``) and the page is written from all
-that is there; ``--again`` makes rows anew. ``--minutes`` bounds the CPU time of a fit, whose number of steps is the budget over
-the time of a step, so that the rate falls to its end; families that are not there yet are left out. Parts: ``families``,
-``tests`` (the power of classifiers in a two-sample test, and their level), ``parzen`` (why not to trust Parzen windows), and, if
-it is asked for, ``mnist`` (28 x 28 in 16 levels, convolutional networks; where there is no GPU, minutes of one CPU). One thread;
-times are CPU seconds, of ``mnist`` on a GPU seconds.
+Runs can be made piecemeal: each row is kept in docs/benchmarks/samples.json (``--results``) and the page is written from
+all that is there; ``--again`` makes rows anew. ``--minutes`` bounds the CPU time of a fit, whose number of steps is the
+budget over the time of a step, so that the rate falls to its end; families that are not there yet are left out. Parts:
+``families``, ``tests`` (the power of classifiers in a two-sample test, and their level), ``parzen`` (why not to trust
+Parzen windows), and, if it is asked for, ``mnist`` (28 x 28 in 16 levels, convolutional networks; where there is no GPU,
+minutes of one CPU). One thread; times are CPU seconds, of ``mnist`` on a GPU seconds.
 """
 
 import argparse
@@ -377,7 +377,8 @@ def mnist_page(kept):
     lines = [
         "## MNIST, 28 x 28, 16 levels",
         "",
-        f"{floor['num']} samples against as many test images; the floor is as many training images. Likelihood in nats, as above.",
+        f"{floor['num']} samples against as many test images; the floor is as many training images. Likelihood in nats, as for "
+        "digits.",
         "",
         f"Spaces: {floor['features']}.",
         "",
