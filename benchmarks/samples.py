@@ -231,7 +231,13 @@ def families(data, recipes, names, seeds, minutes, split, kept, again):
     if "held-out real" not in kept or again:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: len(data.test)]
         measures, about = judged(data.train[order].float(), data)
-        kept["held-out real"] = {"measures": measures, **about, "split": split, "num": len(data.test)}
+        kept["held-out real"] = {
+            "measures": measures,
+            **about,
+            "split": split,
+            "num": len(data.test),
+            "images": len(data.train),
+        }
         yield
     for name in names:
         if not hasattr(models, name):
@@ -374,11 +380,13 @@ def mnist_page(kept):
     if "held-out real" not in kept:
         return []
     floor = kept["held-out real"]
+    budgets = ", ".join(f"{b:g}" for b in sorted({row["minutes"] for row in kept.values() if "minutes" in row}))
     lines = [
         "## MNIST, 28 x 28, 16 levels",
         "",
-        f"{floor['num']} samples against as many test images; the floor is as many training images. Likelihood in nats, as for "
-        "digits.",
+        f"{floor['num']} samples against as many test images, the first of the file; the floor is as many of the "
+        f"{floor['images']} training images (told from those test images too: they are of other writers). Budget of a fit: "
+        f"{budgets} minutes, a trial where that is few. Likelihood in nats, as for digits.",
         "",
         f"Spaces: {floor['features']}.",
         "",
