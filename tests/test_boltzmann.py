@@ -249,4 +249,5 @@ def test_sweeps_in_half_precision_keep_rare_bits_rare():
         machine.weight.zero_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             v = machine.distribution().gibbs(torch.zeros(100_000, 6))
+            assert machine.distribution().hidden(v[:5]).dtype == torch.float32  # so that what is drawn is on a fine grid
     assert float(v.mean()) < 3e-4  # 1.2e-4, and numbers of 8 bits have none below 1/256
